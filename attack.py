@@ -1,0 +1,280 @@
+"""Stage 3: DiMRA, the relearning attack, and the table of all results.
+
+    python attack.py runs/shapes/dimum-cls1                      # fine-tune on the retained training data
+    python attack.py runs/shapes/salun-cls1 --aux heldout        # retained classes, images never trained on
+    python attack.py runs/shapes/salun-cls1 --aux generated      # no data at all: the model's own samples
+    python attack.py runs/shapes/salun-cls1 --aux my_images      # a folder: CLASS/*.png or STYLE/CLASS/*.png
+    python attack.py assets/shapes.pt --cls 1                    # the original model: the curve's ceiling
+    python attack.py --table runs/shapes                         # every result in one table and one picture
+
+Threat model: the attacker holds the unlearned weights and knows how conditions are passed. It has no image of what was
+forgotten. It trains with the ordinary diffusion loss on auxiliary data, and after every --every steps the forgotten
+condition is sampled: AR is the share of samples in which the classifier recognises the forgotten value.
+"""
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fid import balanced, evaluate, in_batches, load_classifier, percent, protocol
+from model import (FACTORS, Parser, Progress, diffusion_loss, fail, load_checkpoint, null_label, number, pick_device,
+                   run_folder, sample, save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_file, write_json)
+from train_ddpm import all_labels, common_flags, exclude, get_batch, load_data, show_labels
+from unlearn import find_forgotten
+
+# cifar10: our reading of the paper's setting; small: found on shapes. Steps, batch, learning rate, and the curve's grid.
+DEFAULTS = {"cifar10": dict(steps=5000, batch_size=128, lr=1e-4, every=500),
+            "small": dict(steps=300, batch_size=32, lr=1e-3, every=75)}
+
+
+# ---- the attacker's data ---------------------------------------------------------------------------------------
+
+def auxiliary_set(aux, model, dataset, data_dir, device, names, gone, generated=500):
+    """Images uint8 (N, C, H, W) and labels (N, F) with nothing of the forgotten values gone = {factor: [value, ...]}.
+
+    aux: "retain" (training split), "heldout" (test split), "generated" (sampled from the model under attack, retained
+    conditions only, so that the rule holds whatever the model draws), or a folder whose subfolders name the labels.
+    """
+    if aux in ("retain", "heldout"):
+        images, y, _ = load_data(dataset, "train" if aux == "retain" else "test", data_dir, device)
+        return exclude(images, y, gone)
+    if aux == "generated":
+        cells = all_labels(names, 1)
+        _, cells = exclude(cells, cells, gone)
+        y = cells.repeat_interleave(math.ceil(generated / len(cells)), 0)
+        images = sample(model, y, steps=20, seed=99, label="generating the auxiliary set")
+        return to_uint8(images).to(device), y.to(device)
+    images, y = read_labelled_folder(aux, model, names)
+    images, y = exclude(images.to(device), y.to(device), gone)
+    if not len(y):
+        fail(f"{aux} holds only what was forgotten; the attack needs images of something else")
+    return images, y
+
+
+def read_labelled_folder(folder, model, names):
+    """Images under a folder, resized to the model's size, with labels from the names of the folders above them; an
+    image whose folders do not name every factor gets the null label."""
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+    if not paths:
+        fail(f"--aux {folder} is neither retain, heldout nor generated, nor a folder with images in it")
+    size, null, images, labels = model.cfg.image_size, null_label(model).cpu(), [], []
+    for path in paths:
+        try:
+            picture = Image.open(path).convert("L" if model.cfg.channels == 1 else "RGB")
+        except OSError:
+            fail(f"{path} is not a readable image; remove it")
+        array = np.array(picture.resize((size, size), Image.LANCZOS))
+        images.append(torch.from_numpy(array.reshape(size, size, -1)).permute(2, 0, 1))
+        parts = [part.lower() for part in path.parent.parts]
+        found = [[i for i, n in enumerate(factor) if n.lower() in parts] for factor in names]
+        labels.append(torch.tensor([f[0] for f in found]) if all(found) else null)
+    return torch.stack(images), torch.stack(labels)
+
+
+# ---- the attack ------------------------------------------------------------------------------------------------
+
+def dimra(model, images, y, steps, batch_size, lr, observe, every, flip=False):
+    """Fine-tune the model in place with the diffusion loss on the auxiliary set; observe(step) at 0, `every` steps and
+    the end. Returns log rows.
+
+    Source: DiMRA in Yuan et al. 2512.03564. Its optimiser and learning rate were not at hand: Adam, clipping at norm 1
+    and label dropout 0.1 as in pretraining are our reading.
+    """
+    params = list(model.parameters())
+    optimizer = torch.optim.Adam(params, lr)
+    bar, log = Progress("attack", steps), []
+    observe(0)
+    model.train()
+    for step in range(1, steps + 1):
+        loss = diffusion_loss(model, *get_batch(images, y, batch_size, flip)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        if bar.due() or step % max(steps // 100, 1) == 0:
+            value = loss.item()
+            if not math.isfinite(value):
+                fail(f"the loss is {value} at step {step}; use a smaller --lr than {lr:g}")
+            log.append({"step": step, "loss": round(value, 6)})
+        bar.step(f"loss {log[-1]['loss'] if log else math.nan:.4f}")
+        if step % every == 0 or step == steps:
+            observe(step)
+            model.train()
+    bar.close()
+    model.eval()
+    return log
+
+
+def curve_point(step, metrics):
+    """One row of the AR curve from evaluate's metrics; AR is 1 - UA."""
+    return {"step": step, "ar": 1 - metrics["ua"], "ar_low": 1 - metrics["ua_high"], "ar_high": 1 - metrics["ua_low"],
+            **{k: metrics[k] for k in ("ira", "ira_low", "ira_high", "cra", "fid")}}
+
+
+# ---- the table -------------------------------------------------------------------------------------------------
+
+def area(curve):
+    """Mean height of the AR curve over its steps (trapezoids), 0..1."""
+    xs, ys = [p["step"] for p in curve], [p["ar"] for p in curve]
+    if xs[-1] == xs[0]:
+        return ys[0]
+    return sum((b - a) * (u + v) / 2 for a, b, u, v in zip(xs, xs[1:], ys, ys[1:])) / (xs[-1] - xs[0])
+
+
+def irreversibility(curve, floor, ceiling):
+    """1 - (area under AR - floor's) / (ceiling's - floor's); 1: as after retraining, 0: as never unlearned.
+
+    floor: the curve of the retrained model, ceiling: of the original one. None if either is missing or they coincide.
+    """
+    if not floor or not ceiling or abs(area(ceiling) - area(floor)) < 1e-9:
+        return None
+    return 1 - (area(curve) - area(floor)) / (area(ceiling) - area(floor))
+
+
+def make_table(folder):
+    """Gather every result.json under a folder into table.md, and all AR curves into attack_curves.png."""
+    results = []
+    for path in sorted(Path(folder).rglob("result.json")):
+        try:
+            results.append((path.parent, json.loads(path.read_text())))
+        except (OSError, ValueError):
+            print(f"skipped {path}: not readable as JSON")
+    unlearned = [(p, r) for p, r in results if r.get("stage") == "unlearn"]
+    attacks = [(p, r) for p, r in results if r.get("stage") == "attack"]
+    if not unlearned and not attacks:
+        fail(f"no results of unlearn.py or attack.py under {folder}; run 'python unlearn.py --method dimum --cls 1' first")
+
+    def curves(method, like):
+        return next((r["curve"] for _, r in attacks if r["method"] == method and r["dataset"] == like["dataset"] and
+                     r["forget"] == like["forget"] and r["aux"] == like["aux"]), None)
+    head = ("run", "forgets", "steps", "seconds", "UA", "IRA", "CRA", "FID before", "FID after", "AR after attack", "irreversibility")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    shown = set()
+    share = lambda m, k: "-" if m.get(k) is None else f"{100 * m[k]:.1f}"
+    fid = lambda m: "-" if m.get("fid") is None else f"{m['fid']:.2f}"
+    for path, r in unlearned:
+        found = []
+        for attack_path, a in attacks:
+            if Path(a["run"]).resolve() == path.resolve() or (a["run_name"] == path.name and a["dataset"] == r["dataset"]):
+                shown.add(attack_path)
+                end = a["curve"][-1]
+                value = irreversibility(a["curve"], curves("retrain", a), curves("original", a))
+                found.append((f"{a['aux']}: {100 * end['ar']:.0f} [{100 * end['ar_low']:.0f}, {100 * end['ar_high']:.0f}] "
+                              f"after {end['step']}", "-" if value is None else f"{value:.2f}"))
+        lines.append("| " + " | ".join((
+            path.name, " ".join(r["forget"]["names"]), str(r["steps"]), f"{r['train_seconds']:.0f}",
+            share(r["after"], "ua"), share(r["after"], "ira"), share(r["after"], "cra"), fid(r["before"]), fid(r["after"]),
+            "; ".join(f for f, _ in found) or "-", "; ".join(v for _, v in found) or "-")) + " |")
+    for path, a in attacks:
+        if path not in shown:
+            end = a["curve"][-1]
+            lines.append(f"| {path.name} | {' '.join(a['forget']['names'])} | - | - | - | - | - | - | - | {a['aux']}: "
+                         f"{100 * end['ar']:.0f} [{100 * end['ar_low']:.0f}, {100 * end['ar_high']:.0f}] after {end['step']} | - |")
+    some = next(iter([r for _, r in unlearned] or [r for _, r in attacks]))
+    notes = some["protocol"]
+    lines += ["", f"Shares in %, AR with its 95 % Wilson interval. Dataset {notes['dataset']}; {notes['forget_samples']} + "
+              f"{notes['retain_samples']} samples, {notes['sampler'].upper()} {notes['sampler_steps']} steps, guidance "
+              f"{notes['guidance']:g}, seed {notes['seed']}; FID on {notes['fid_features']} features against "
+              f"{notes['real_images']} training images. Seconds are those of the unlearning alone."]
+    text = "\n".join(lines)
+    write_file(Path(folder, "table.md"), lambda p: p.write_text(text + "\n"))
+    print(text + f"\n\nwrote {folder}/table.md")
+    if attacks:
+        series = {f"{a['run_name']} {a['aux']}": ([p["step"] for p in a["curve"]], *([p[k] for p in a["curve"]]
+                  for k in ("ar", "ar_low", "ar_high"))) for _, a in attacks}
+        save_plot(Path(folder, "attack_curves.png"), series, "AR under DiMRA", "attack step", "AR", (0, 1))
+        print(f"wrote {folder}/attack_curves.png")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run folder of unlearn.py, or a checkpoint")
+    common_flags(parser, 120, "images per point of the curve, a third of them under the forgotten condition", 20)
+    group = parser.add_argument_group("attack")
+    group.add_argument("--aux", default="retain", help="auxiliary data: retain, heldout, generated, or a folder")
+    group.add_argument("--every", type=number(int, 1), metavar="N", help="steps between points of the curve; default a quarter")
+    group.add_argument("--cls", nargs="+", metavar="K", help="count this class instead of what RUN says was forgotten")
+    group.add_argument("--style", nargs="+", metavar="K", help="the same for a style")
+    group.add_argument("--table", metavar="DIR", help="gather every result under DIR and stop")
+    args = parser.parse_args()
+    if args.table:
+        return make_table(args.table)
+    if not args.run:
+        fail("name what to attack, such as: python attack.py runs/shapes/dimum-cls1; see 'python attack.py --help'")
+    started, device = time.time(), pick_device(args.device)
+
+    path = Path(args.run, "model.pt") if Path(args.run).is_dir() else Path(args.run)
+    model, info = load_checkpoint(path, device)
+    dataset, names = info["dataset"], info["names"]
+    if args.cls or args.style:
+        factor, values = find_forgotten(args, names)
+    elif info.get("forgotten"):
+        factor = next(i for i, f in enumerate(FACTORS) if info["forgotten"].get(f))
+        values = info["forgotten"][FACTORS[factor]]
+    else:
+        fail(f"{path} has forgotten nothing; say what to count with --cls or --style, such as --cls 1")
+    gone = {i: info.get("forgotten", {}).get(f, []) for i, f in enumerate(FACTORS) if info.get("forgotten", {}).get(f)}
+    gone[factor] = sorted({*gone.get(factor, []), *values})
+    method = info["made_by"].get("method", "original")
+    opts = dict(DEFAULTS["cifar10" if model.cfg.width >= 128 else "small"])
+    opts.update({k: v for k in ("steps", "batch_size", "lr") if (v := getattr(args, k)) is not None})
+    opts["every"] = args.every or (max(1, opts["steps"] // 4) if args.steps else opts["every"])
+    run_name = path.parent.name if path.name == "model.pt" else f"original-{FACTORS[factor]}{'-'.join(map(str, values))}"
+    aux_name = args.aux if args.aux in ("retain", "heldout", "generated") else Path(args.aux).name
+    torch.manual_seed(args.seed)
+    images, y = auxiliary_set(args.aux, model, dataset, args.data_dir, device, names, gone)
+    folder = run_folder(args.out, Path("runs", dataset, f"attack-{run_name}-{aux_name}"))
+    print(f"DiMRA on {path}: {len(images)} auxiliary images ({args.aux}), {opts['steps']} steps, batch {opts['batch_size']}, "
+          f"lr {opts['lr']:g}; counting {FACTORS[factor]} {', '.join(names[factor][v] for v in values)}")
+
+    classifier, accuracy = load_classifier(dataset, args.data_dir, device)
+    kept, kept_y, _ = load_data(dataset, "train", args.data_dir, device)
+    kept, kept_y = exclude(kept, kept_y, gone)
+    real, _ = balanced(kept, kept_y, max(1, 4500 // len(torch.unique(kept_y, dim=0))))
+    real_features = in_batches(classifier.features, real)
+    curve, picture, seen = [], [], []
+    labels, layout = show_labels(names)
+
+    def observe(step):
+        metrics, _, _ = evaluate(model, classifier, names, factor, values, real_features, args.samples,
+                                 args.sampler_steps, args.guidance, label=f"step {step}")
+        seen.append(metrics)
+        curve.append(curve_point(step, metrics))
+        print(f"step {step:>6}: AR {100 * curve[-1]['ar']:5.1f} % [{100 * curve[-1]['ar_low']:.1f}, "
+              f"{100 * curve[-1]['ar_high']:.1f}]   IRA {percent(metrics, 'ira')}   FID {metrics['fid']:.3f}", flush=True)
+        if step in (0, opts["steps"]):
+            picture.append(sample(model, labels, steps=args.sampler_steps, guidance=args.guidance))
+
+    log = dimra(model, images, y, opts["steps"], opts["batch_size"], opts["lr"], observe, opts["every"],
+                flip=dataset == "cifar10")
+    rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
+    save_grid(torch.cat([picture[0], picture[-1]]), folder / "samples.png", **{**layout, "rows": rows})
+    save_checkpoint(folder / "model.pt", model, {"dataset": dataset, "names": names, "forgotten": info.get("forgotten", {}),
+                                                 "made_by": {"stage": "attack", "method": method, "from": str(path), **opts}})
+    write_csv(folder / "log.csv", log)
+    write_csv(folder / "curve.csv", curve)
+    xs = [p["step"] for p in curve]
+    save_plot(folder / "curve.png", {"AR (comes back)": (xs, *([p[k] for p in curve] for k in ("ar", "ar_low", "ar_high"))),
+                                     "IRA (quality kept)": (xs, *([p[k] for p in curve] for k in ("ira", "ira_low", "ira_high")))},
+              f"DiMRA on {run_name}, aux {aux_name}", "attack step", "share", (0, 1))
+    write_json(folder / "result.json", {
+        "stage": "attack", "dataset": dataset, "method": method, "run": str(path.parent), "run_name": run_name, "aux": aux_name,
+        "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
+        "before": seen[0], "after": seen[-1], "curve": curve,
+        "first_step_above_half": next((p["step"] for p in curve if p["ar"] > 0.5), None),
+        "protocol": protocol(dataset, names, seen[-1], real_features, accuracy, args.sampler_steps, args.guidance, 1234,
+                             args.seed), "args": vars(args), **opts, "seconds": round(time.time() - started, 1)})
+    print(f"({curve[-1]['step']} attack steps; {seen[-1]['ua_samples']} + {seen[-1]['ira_samples']} samples a point, "
+          f"{args.sampler_steps} DDIM steps, guidance {args.guidance:g}; 95 % intervals)\n"
+          f"wrote {folder}/result.json, curve.png and samples.png in {time.time() - started:.0f} seconds\n"
+          f"next: python attack.py --table runs/{dataset}")
+
+
+if __name__ == "__main__":
+    main()

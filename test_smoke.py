@@ -1,0 +1,766 @@
+"""The behaviour that must hold, checked in a few minutes on a CPU: python -m pytest -q"""
+import gzip
+import hashlib
+import json
+import math
+import os
+import pickle
+import signal
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import attack
+import fid
+import model as M
+import train_ddpm
+import unlearn
+
+HERE = Path(__file__).parent
+TINY = M.UNetConfig(image_size=8, width=16, mult=(1, 2), attention=(4,), groups=4, classes=(4, 3))
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Every test runs in its own folder, in float32, with the global generator in a known state."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(M, "CPU_BF16", False)
+    torch.manual_seed(0)
+
+
+def run(module, *args):
+    """The script's main() with these arguments."""
+    sys.argv = [f"{module.__name__}.py", *map(str, args)]
+    module.main()
+
+
+def refused(capsys, module, *args):
+    """The one line with which the script refuses these arguments; exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(module, *args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2, error
+    assert error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+def tiny(seed=0, **changes):
+    """A tiny U-Net whose zero-initialised layers have been filled, so that its output depends on everything."""
+    torch.manual_seed(seed)
+    net = M.UNet(M.replace(TINY, **changes))
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.abs().sum() == 0:
+                p.normal_(0, 0.1)
+    return net.eval()
+
+
+def tiny_data(n=240):
+    """Random images and every label of TINY equally often; images of class 1 are all 255, of style 2 all 7."""
+    y = train_ddpm.all_labels([range(4), range(3)], n // 12)
+    x = torch.randint(10, 200, (n, 3, 8, 8), dtype=torch.uint8)
+    x[y[:, 1] == 2] = 7
+    x[y[:, 0] == 1] = 255
+    return x, y
+
+
+NAMES = [["a", "b", "c", "d"], ["p", "q", "r"]]
+
+
+def tiny_checkpoint(path, dataset="shapes", names=None, **info):
+    """A checkpoint with the shapes dataset's labels and an untrained, very small network."""
+    names = names or train_ddpm.label_names(dataset)
+    cfg = M.UNetConfig(classes=tuple(map(len, names)), width=8, mult=(1, 1), groups=4, attention=(),
+                       channels=1 if dataset == "fashion" else 3)
+    M.save_checkpoint(path, M.UNet(cfg), {"dataset": dataset, "names": names, "forgotten": {},
+                                          "made_by": {"stage": "pretrain"}, **info})
+    return path
+
+
+QUICK = ("--steps", 2, "--batch-size", 4, "--samples", 1, "--sampler-steps", 1)
+
+
+# ---- diffusion -------------------------------------------------------------------------------------------------
+
+def test_posterior_matches_an_independent_computation_for_every_t():
+    betas = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]
+    coef_x0, coef_xt, variance = M.ddpm_posterior()
+    product = 1.0
+    for t, beta in enumerate(betas):
+        # a product of two Gaussians: q(x_t | x_{t-1}) as a likelihood of x_{t-1}, and q(x_{t-1} | x_0) as its prior
+        prior_mean, prior_var = math.sqrt(product), 1 - product
+        if prior_var == 0:
+            expected = (1.0, 0.0, 0.0)
+        else:
+            precision = (1 - beta) / beta + 1 / prior_var
+            expected = (prior_mean / prior_var / precision, math.sqrt(1 - beta) / beta / precision, 1 / precision)
+        assert np.allclose([coef_x0[t], coef_xt[t], variance[t]], expected, rtol=1e-9, atol=1e-12)
+        product *= 1 - beta
+
+
+class Gaussian(torch.nn.Module):
+    """A stand-in for a network: the exact eps for data N(mean, s^2), in closed form; mean depends on the label."""
+
+    def __init__(self, s=0.5):
+        super().__init__()
+        self.cfg = M.UNetConfig(image_size=4, channels=1, classes=(2,), prediction="eps")
+        self.s, self.calls = s, []
+        self.register_buffer("alphas_cumprod", M.linear_schedule()[1].float())
+
+    def forward(self, x, t, y):
+        self.calls.append(len(x))
+        a = self.alphas_cumprod[t][:, None, None, None]
+        mean = torch.tensor([0.3, -0.4, 0.1])[y[:, 0]][:, None, None, None]
+        return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * self.s ** 2 + 1 - a)
+
+
+def test_ddim_without_noise_is_deterministic_and_exact():
+    net, y = Gaussian(), torch.tensor([[0], [1], [1]])
+    first, again = (M.sample(net, y, steps=20, guidance=2.0, seed=5) for _ in range(2))
+    assert torch.equal(first, again)
+    a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(5)).double().numpy()
+    means = np.array([0.3, -0.4])[y[:, 0].numpy()].reshape(3, 1, 1, 1)
+    for t in range(950, -1, -50):
+        eps = lambda mean: np.sqrt(1 - a[t]) * (x - np.sqrt(a[t]) * mean) / (a[t] * 0.25 + 1 - a[t])
+        e = 3 * eps(means) - 2 * eps(0.1)
+        x0 = (x - np.sqrt(1 - a[t]) * e) / np.sqrt(a[t])
+        a_next = a[t - 50] if t >= 50 else 1.0
+        x = np.sqrt(a_next) * x0 + np.sqrt(1 - a_next) * e
+    assert np.allclose(first.numpy(), x.clip(-1, 1), atol=2e-4)
+
+
+def test_ddim_with_full_noise_over_all_steps_has_ddpms_variances():
+    _, a = M.linear_schedule()
+    assert M.ddim_times(1000)[0] == (999, 998) and M.ddim_times(1000)[-1] == (0, -1)
+    for t in range(1, 1000):
+        _, sigma = M.ddim_coefficients(a[t], a[t - 1], eta=1.0)
+        assert torch.isclose(sigma ** 2, M.ddpm_posterior()[2][t], rtol=1e-9)
+
+
+def test_ddpm_sampler_draws_from_the_data_distribution():
+    net = Gaussian(s=0.2)
+    x = M.sample(net, torch.zeros(400, 1, dtype=torch.long), sampler="ddpm", guidance=0, batch=400)
+    assert abs(x.mean() - 0.3) < 0.02 and abs(x.std() - 0.2) < 0.02
+    assert set(net.calls) == {400}
+
+
+def test_guidance_runs_both_branches_as_one_batch_and_none_when_zero():
+    net, y = tiny(), torch.tensor([[1, 2], [3, 0]])
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([10, 700])
+    calls, forward = [], net.forward
+    net.forward = lambda x, t, y: calls.append(len(x)) or forward(x, t, y)
+    guided, plain = M.guided_output(net, x, t, y, 2.0), M.guided_output(net, x, t, y, 0)
+    assert calls == [4, 2]
+    null = forward(x, t, torch.tensor([[4, 3], [4, 3]]))
+    assert torch.allclose(plain, forward(x, t, y), atol=1e-5)
+    assert torch.allclose(guided, 3 * forward(x, t, y) - 2 * null, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_target_determines_x0_and_eps(prediction):
+    net = tiny(prediction=prediction)
+    x0, eps = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
+    for t in (0, 300, 900):
+        x_t, target = M.add_noise(net, x0, torch.full((5,), t), eps)
+        back = M.split_output(net, target, x_t, net.alphas_cumprod[t])
+        assert torch.allclose(back[0], x0, atol=2e-3) and torch.allclose(back[1], eps, atol=2e-3)
+
+
+def test_times_are_antithetic_and_labels_drop_together():
+    t = M.antithetic_times(1001, torch.device("cpu"))
+    assert len(t) == 1001 and torch.equal(t[:500] + t[501:1001], torch.full((500,), 999))
+    y = M.drop_labels(torch.zeros(20000, 2, dtype=torch.long), tiny(), 0.1)
+    dropped = (y == torch.tensor([4, 3])).all(1)
+    assert torch.equal(dropped, (y != 0).any(1)) and abs(dropped.double().mean() - 0.1) < 0.01
+
+
+def test_retained_examples_send_no_gradient_to_a_forgotten_embedding_row():
+    net = tiny()
+    M.diffusion_loss(net, torch.randn(16, 3, 8, 8), torch.tensor([[0, 1], [2, 2]] * 8)).mean().backward()
+    rows = net.label_embs[0].weight.grad.abs().sum(1)
+    assert rows[1] == 0 and rows[3] == 0 and rows[0] > 0 and rows[2] > 0
+
+
+# ---- the paper preset and the public checkpoints ---------------------------------------------------------------
+
+def public_state_dict(ch=128, mult=(1, 2, 2, 2), blocks=2, classes=10):
+    """Random weights in the layout of the public SalUn network, written down from its description."""
+    state, conv = {}, lambda name, i, o, k: state.update({f"{name}.weight": torch.randn(o, i, k, k) * (i * k * k) ** -0.5,
+                                                          f"{name}.bias": torch.randn(o) * 0.1})
+    dense = lambda name, i, o: state.update({f"{name}.weight": torch.randn(o, i) * i ** -0.5, f"{name}.bias": torch.randn(o) * 0.1})
+    norm = lambda name, c: state.update({f"{name}.weight": torch.rand(c) + 0.5, f"{name}.bias": torch.randn(c) * 0.1})
+
+    def block(name, i, o):
+        norm(f"{name}.norm1", i), conv(f"{name}.conv1", i, o, 3), dense(f"{name}.temb_cemb_proj", 8 * ch, o)
+        norm(f"{name}.norm2", o), conv(f"{name}.conv2", o, o, 3)
+        if i != o:
+            conv(f"{name}.nin_shortcut", i, o, 1)
+
+    def attn(name, c):
+        norm(f"{name}.norm", c)
+        for part in ("q", "k", "v", "proj_out"):
+            conv(f"{name}.{part}", c, c, 1)
+
+    for name in ("temb", "cemb"):
+        dense(f"{name}.dense.0", ch, 4 * ch), dense(f"{name}.dense.1", 4 * ch, 4 * ch)
+    state["classes_emb.weight"], state["null_classes_emb"] = torch.randn(classes, ch), torch.randn(ch)
+    conv("conv_in", 3, ch, 3)
+    widths, c = [ch * m for m in mult], ch
+    ins = [ch] + widths[:-1]
+    for level, w in enumerate(widths):
+        for b in range(blocks):
+            block(f"down.{level}.block.{b}", c, w)
+            c = w
+            if level == 1:
+                attn(f"down.{level}.attn.{b}", w)
+        if level < 3:
+            conv(f"down.{level}.downsample.conv", w, w, 3)
+    block("mid.block_1", c, c), attn("mid.attn_1", c), block("mid.block_2", c, c)
+    for level in (3, 2, 1, 0):
+        for b in range(blocks + 1):
+            skip = ins[level] if b == blocks else widths[level]
+            block(f"up.{level}.block.{b}", c + skip, widths[level])
+            c = widths[level]
+            if level == 1:
+                attn(f"up.{level}.attn.{b}", c)
+        if level > 0:
+            conv(f"up.{level}.upsample.conv", c, c, 3)
+    norm("norm_out", c), conv("conv_out", c, 3, 3)
+    return state
+
+
+def test_import_uses_every_key_of_a_public_checkpoint_once(capsys):
+    ema = public_state_dict()
+    raw = {f"module.{k}": torch.zeros_like(v) for k, v in ema.items()}
+    torch.save([raw, {"state": {}}, 7, ema], "public.pth")
+    net = train_ddpm.import_public("public.pth", "cifar10", train_ddpm.label_names("cifar10"))
+    assert sum(p.numel() for p in net.parameters()) == sum(v.numel() for v in ema.values()) == 38_632_323
+    ours = sorted(v.double().sum().item() for k, v in net.state_dict().items() if "label_embs" not in k)
+    theirs = sorted(v.double().sum().item() for k, v in ema.items() if "classes_emb" not in k)
+    assert ours == theirs                              # the EMA weights, not the raw zeros
+    table = net.label_embs[0].weight
+    assert torch.equal(table[:10], ema["classes_emb.weight"]) and torch.equal(table[10], ema["null_classes_emb"])
+    out = net.eval()(torch.randn(2, 3, 32, 32), torch.tensor([3, 900]), torch.tensor([[1], [10]]))
+    assert out.shape == (2, 3, 32, 32) and out.isfinite().all()
+
+    for broken in ({**ema, "conv_extra.weight": torch.zeros(3)}, {k: v for k, v in ema.items() if k != "conv_out.bias"}):
+        torch.save([{f"module.{k}": v for k, v in broken.items()}, {}, 7, broken], "broken.pth")
+        assert "differ from the paper preset" in refused(capsys, train_ddpm, "--dataset", "cifar10", "--import", "broken.pth")
+    Path("text.pth").write_text("not a checkpoint")
+    assert "text.pth is not a checkpoint" in refused(capsys, train_ddpm, "--dataset", "cifar10", "--import", "text.pth")
+
+
+# ---- datasets --------------------------------------------------------------------------------------------------
+
+def test_shapes_are_balanced_seeded_and_the_splits_differ():
+    x, y = train_ddpm.draw_shapes(3, seed=0)
+    assert x.shape == (150, 3, 32, 32) and x.dtype == torch.uint8
+    assert torch.unique(y, dim=0, return_counts=True)[1].tolist() == [3] * 50
+    assert torch.equal(x, train_ddpm.draw_shapes(3, seed=0)[0])
+    other = train_ddpm.draw_shapes(3, seed=1)[0]
+    assert all(not torch.equal(a, b) for a, b in zip(x, other))
+    sketch = x[y[:, 1] == 3].float()
+    assert (sketch.amax(1) - sketch.amin(1)).max() == 0 and sketch.median() > 200       # grey ink on light paper
+
+
+def write_idx(path, array):
+    header = struct.pack(f">{1 + array.ndim}i", 0x800 + array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+def make_fashion(folder, n=40):
+    """Fashion-MNIST's four files, with random pixels."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", rng.integers(0, 256, (n, 28, 28), dtype=np.uint8))
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", (np.arange(n) % 10).astype(np.uint8))
+
+
+def test_fashion_is_read_from_gz_files_and_padded():
+    make_fashion(Path("data/FashionMNIST/raw"))
+    x, y, names = train_ddpm.load_data("fashion", "train")
+    raw = gzip.decompress(Path("data/FashionMNIST/raw/train-images-idx3-ubyte.gz").read_bytes())[16:]
+    assert x.shape == (40, 1, 32, 32) and x[:, 0, 2:30, 2:30].numpy().tobytes() == raw and x[:, :, :2].sum() == 0
+    assert y[:, 0].tolist() == [i % 10 for i in range(40)] and names[0][9] == "Ankle boot"
+
+
+def make_cifar10(monkeypatch, n=20):
+    """CIFAR-10's files in torchvision's exact format, and torchvision's checksums replaced by theirs."""
+    folder = Path("data/cifar-10-batches-py")
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name, data):
+        (folder / name).write_bytes(pickle.dumps(data))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+    batch = lambda: {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(n)]}
+    cifar = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "train_list", [write(f"data_batch_{i}", batch()) for i in range(1, 6)])
+    monkeypatch.setattr(cifar, "test_list", [write("test_batch", batch())])
+    name, md5 = write("batches.meta", {"label_names": list(train_ddpm.CIFAR10)})
+    monkeypatch.setattr(cifar, "meta", {"filename": name, "key": "label_names", "md5": md5})
+
+
+def test_cifar10_goes_through_all_stages(monkeypatch, capsys):
+    make_cifar10(monkeypatch)
+    x, y, names = train_ddpm.load_data("cifar10", "train")
+    assert x.shape == (100, 3, 32, 32) and names[0][1] == "automobile" and y[11].tolist() == [1]
+    raw = pickle.loads(Path("data/cifar-10-batches-py/data_batch_1").read_bytes())["data"][0]
+    assert x[0].flatten().tolist() == raw.tolist()
+    paper = M.UNet(M.make_config("paper", 32, 3, (10,)))
+    loss = M.diffusion_loss(paper, *train_ddpm.get_batch(x, y, 2, flip=True)).mean()
+    loss.backward()
+    assert loss.isfinite() and paper.conv_out.weight.grad.abs().sum() > 0
+
+    data = ("--dataset", "cifar10")
+    run(fid, *data, "--train-classifier", "--steps", 2, "--batch-size", 4)
+    run(train_ddpm, *data, "--preset", "small", *QUICK)
+    run(unlearn, *data, "--cls", "automobile", *QUICK, "--samples", 12)
+    run(attack, "runs/cifar10/dimum-cls1", *QUICK, "--samples", 12)
+    run(fid, "test", "runs/cifar10/dimum-cls1", *data, "--samples", 10, "--sampler-steps", 1)
+    result = json.loads(Path("runs/cifar10/attack-dimum-cls1-retain/result.json").read_text())
+    assert result["forget"] == {"factor": "cls", "values": [1], "names": ["automobile"]}
+    assert [p["step"] for p in result["curve"]] == [0, 1, 2]
+
+
+def test_missing_data_says_what_to_put_where(capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", offline)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", offline)
+    error = refused(capsys, train_ddpm, "--dataset", "cifar10", "--data-dir", "elsewhere")
+    assert "cifar-10-python.tar.gz" in error and "elsewhere" in error
+
+
+# ---- pretraining -----------------------------------------------------------------------------------------------
+
+TRAIN = dict(steps=20, batch_size=4, lr=1e-3, ema=0.9, warmup=5, cosine=True)
+
+
+def weights(net):
+    return torch.cat([p.flatten() for p in net.state_dict().values()])
+
+
+def test_same_seed_same_weights_and_resume_is_exact():
+    x, y = tiny_data()
+
+    def once(**options):
+        net = tiny().train()
+        torch.manual_seed(3)
+        return train_ddpm.train(net, x, y, **TRAIN, **options)[0]
+    whole = once()
+    assert torch.equal(weights(whole), weights(once()))
+
+    seen = []
+
+    def interrupt(_):
+        seen.append(1)
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        once(state_file=Path("train.pt"), preview=interrupt)
+    assert stop.value.code == 130
+    assert torch.load("train.pt", weights_only=True)["step"] == 8
+    torch.manual_seed(12345)
+    resumed = train_ddpm.train(tiny(seed=9).train(), x, y, **TRAIN, state_file=Path("train.pt"), resume=True)[0]
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_ema_and_learning_rate():
+    rate = lambda step: train_ddpm.learning_rate(step, 100, 1.0, 10, True)
+    assert rate(0) == pytest.approx(0.1) and rate(50) == pytest.approx(0.5) and rate(100) == pytest.approx(0)
+    assert train_ddpm.learning_rate(99, 100, 0.5, 0, False) == 0.5
+
+
+def test_excluded_values_are_not_trained_on():
+    x, y = tiny_data()
+    kept, labels = train_ddpm.exclude(x, y, {0: [1], 1: [2]})
+    assert len(kept) == 240 * 3 // 4 * 2 // 3 and not ((kept == 255).all() or (labels[:, 0] == 1).any())
+    assert not (labels[:, 1] == 2).any() and kept.max() < 255
+
+
+# ---- unlearning ------------------------------------------------------------------------------------------------
+
+def make_task(factor=0, values=(1,), weight=1.0, n=8):
+    x, y = tiny_data()
+    task = unlearn.Task(x, y, NAMES, factor, list(values), n, weight)
+    task.alternative_set = unlearn.alternative_data(f"class:{task.substitute}", None, x, y, NAMES, factor, list(values))
+    return task
+
+
+@pytest.mark.parametrize("spec", ["class:2", "class:c", "mix", "noise", "image:picture.png"])
+def test_alternatives_never_contain_a_forgotten_value(spec):
+    Image.new("RGB", (20, 30), (9, 9, 9)).save("picture.png")
+    x, y = tiny_data()
+    keep, labels = unlearn.alternative_data(spec, None, x, y, NAMES, 0, [1])
+    assert len(keep) and (labels[:, 0] == 1).all() and set(labels[:, 1].tolist()) == {0, 1, 2}
+    assert not (keep == 255).flatten(1).all(1).any()
+    few, _ = unlearn.alternative_data(spec, 3, x, y, NAMES, 0, [1])
+    assert len(few) == 3
+
+
+def test_a_styles_alternative_is_the_same_class_in_another_style():
+    x, y = tiny_data()
+    keep, labels = unlearn.alternative_data("class:0", None, x, y, NAMES, 1, [2])
+    assert (labels[:, 1] == 2).all()
+    for cls in range(4):
+        assert torch.equal(keep[labels[:, 0] == cls], x[(y[:, 0] == cls) & (y[:, 1] == 0)])
+
+
+def test_batches_of_a_task_keep_forget_and_retain_apart():
+    task = make_task()
+    for _ in range(20):
+        assert (task.retain()[1][:, 0] != 1).all() and (task.forget()[1][:, 0] == 1).all()
+        assert (task.alternative()[1][:, 0] == 1).all() and (task.alternative()[0] < 1).any()
+    y = task.forget()[1]
+    assert (task.replaced(y)[:, 0] == 2).all() and torch.equal(task.replaced(y)[:, 1], y[:, 1])
+    assert make_task(values=(1, 2)).substitute == 3 and make_task(values=(3,)).substitute == 0
+
+
+def test_saluns_mask_keeps_half_and_the_rest_stays_bit_equal():
+    net, task = tiny().train(), make_task(weight=1e-3)
+    before = [p.detach().clone() for p in net.parameters()]
+    unlearn.run_method("salun", net, task, steps=4, lr=1e-2)
+    assert sum(int(m.sum()) for m in task.mask) == sum(m.numel() for m in task.mask) // 2
+    moved = 0
+    for p, q, m in zip(net.parameters(), before, task.mask):
+        assert torch.equal(p[~m], q[~m])
+        moved += int((p[m] != q[m]).sum())
+    assert moved > 1000
+
+
+def test_sfrons_mask_is_where_the_forget_fisher_dominates():
+    net, task = tiny(), make_task()
+    gradients = {"forget": [], "retain": []}
+    original = unlearn.guided_gradients
+
+    def spy(model, batches):
+        batches = list(batches)
+        kind = "forget" if (batches[0][1][:, 0] == 1).all() else "retain"
+        for grads in original(model, batches):
+            gradients[kind].append(grads)
+            yield grads
+    unlearn.guided_gradients = spy
+    try:
+        mask = unlearn.sfron_mask(net, task, batches=3)
+    finally:
+        unlearn.guided_gradients = original
+    for i, m in enumerate(mask):
+        f, r = (np.mean([g[i].double().numpy() ** 2 for g in gradients[kind]], 0) for kind in ("forget", "retain"))
+        clear = np.abs(f - r) > 1e-6 * (f + r) + 1e-20
+        assert np.array_equal(m.numpy()[clear], (f >= r)[clear])
+    assert all(torch.cat([x.flatten() for x in g]).norm() <= 1.0001 for g in gradients["forget"])
+
+
+def losses_of(method, task, net):
+    """The losses one step of a method hands to the optimiser, and the masks with them."""
+    seen = []
+
+    def update(loss, mask=None, mask_first=False):
+        seen.append((loss, mask, mask_first))
+        return loss.detach()
+    unlearn.METHODS[method](net, task, update)
+    return seen
+
+
+def test_ga_and_dimum_losses(monkeypatch):
+    net, task = tiny(), make_task(weight=0.3)
+    values = {"retain": torch.tensor([1.0, 3.0]), "forget": torch.tensor([5.0]), "alternative": torch.tensor([7.0])}
+    drops = []
+
+    def fake(model, x0, y, p_drop=0.1):
+        kind = "retain" if (y[:, 0] != 1).all() else "forget" if (x0 == 1).all() else "alternative"
+        drops.append((kind, p_drop))
+        return values[kind]
+    monkeypatch.setattr(unlearn, "diffusion_loss", fake)
+    assert losses_of("ga", task, net)[0][0] == pytest.approx(2 - 0.3 * 5)
+    assert losses_of("dimum", task, net)[0][0] == pytest.approx(2 + 0.3 * 7)
+    assert ("alternative", 0) in drops
+    assert losses_of("finetune", task, net)[0][0] == 2
+
+
+def test_sfron_weights_each_example_by_its_inverse_root_loss(monkeypatch):
+    net, task = tiny(), make_task(weight=10.0)
+    task.mask, task.progress, task.pixels = ["mask"], 0.5, 1
+    monkeypatch.setattr(unlearn, "diffusion_loss", lambda model, x0, y: torch.tensor([1.0, 4.0, 16.0]))
+    ascent, retain = losses_of("sfron", task, net)
+    shares = np.array([1, 1 / 2, 1 / 4]) / 1.75
+    assert ascent[0].item() == pytest.approx(-5 * (shares * [1, 4, 16]).sum(), rel=1e-5)      # the cosine is at one half
+    assert ascent[1:] == (["mask"], True) and retain[1] is None and retain[0] == 7
+
+
+def test_random_labels_target_is_a_constant():
+    net, task = tiny(), make_task(weight=0.0)
+    (loss, *_), = losses_of("rl", task, net)
+    loss.backward()
+    rows = net.label_embs[0].weight.grad.abs().sum(1)
+    assert rows[1] > 0 and rows[2] == 0                # class 2 is the target's label: no gradient reaches it
+
+
+@pytest.mark.parametrize("method", unlearn.METHODS)
+def test_every_method_runs_and_is_repeatable(method):
+    results = []
+    for _ in range(2):
+        net, task = tiny().train(), make_task(weight=0.1)
+        torch.manual_seed(1)
+        unlearn.run_method(method, net, task, steps=3, lr=1e-3)
+        results.append(weights(net))
+    assert torch.equal(*results) and not torch.equal(results[0], weights(tiny()))
+
+
+# ---- the attack ------------------------------------------------------------------------------------------------
+
+def test_the_attackers_data_never_contains_a_forgotten_value(monkeypatch):
+    monkeypatch.setattr(attack, "load_data", lambda dataset, split, *rest: (*tiny_data(), NAMES))
+    net, cpu = tiny(), torch.device("cpu")
+    for i in range(4):
+        for name in "abcd":
+            Path(f"aux/{NAMES[1][i % 3]}/{name}").mkdir(parents=True, exist_ok=True)
+            color = (255, 255, 255) if name == "b" else (10 * i, 0, 0)
+            Image.new("RGB", (9, 9), color).save(f"aux/{NAMES[1][i % 3]}/{name}/{i}.png")
+    Path("aux/unknown").mkdir()
+    Image.new("RGB", (9, 9), (3, 3, 3)).save("aux/unknown/x.png")
+    for aux in ("retain", "heldout", "generated", "aux"):
+        x, y = attack.auxiliary_set(aux, net, "any", "", cpu, NAMES, {0: [1]}, generated=9)
+        assert x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8) and len(x) == len(y) > 8
+        assert (y[:, 0] != 1).all()
+        if aux != "generated":
+            assert not (x == 255).flatten(1).all(1).any()
+    assert (y == torch.tensor([4, 3])).all(1).sum() == 1         # the picture in aux/unknown
+
+
+def test_area_and_irreversibility():
+    curve = lambda *ars: [{"step": 10 * i * i, "ar": ar} for i, ar in enumerate(ars)]
+    assert attack.area(curve(0, 1)) == 0.5 and attack.area(curve(0, 1, 1)) == pytest.approx((5 + 30) / 40)
+    floor, ceiling = curve(0, 0.2), curve(1, 1)
+    assert attack.irreversibility(floor, floor, ceiling) == 1 and attack.irreversibility(ceiling, floor, ceiling) == 0
+    assert attack.irreversibility(curve(0, 1), floor, ceiling) == pytest.approx(1 - 0.4 / 0.9)
+    assert attack.irreversibility(curve(0, 1), None, ceiling) is None
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------
+
+def test_frechet_distance():
+    rng = np.random.default_rng(0)
+    m1, m2, s1, s2 = rng.normal(size=8), rng.normal(size=8), rng.uniform(0.1, 2, 8), rng.uniform(0.1, 2, 8)
+    closed = ((m1 - m2) ** 2).sum() + ((np.sqrt(s1) - np.sqrt(s2)) ** 2).sum()
+    assert fid.frechet_distance(m1, np.diag(s1), m2, np.diag(s2)) == pytest.approx(closed, rel=1e-10)
+    (mu1, c1), (mu2, c2) = (fid.statistics(rng.normal(size=(200, 8)) @ rng.normal(size=(8, 8))) for _ in range(2))
+    reference = ((mu1 - mu2) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
+    assert fid.frechet_distance(mu1, c1, mu2, c2) == pytest.approx(reference, rel=1e-8)
+    few = rng.normal(size=(5, 8))                                # singular covariance: fewer images than dimensions
+    assert fid.frechet_distance(*fid.statistics(few), *fid.statistics(few)) == pytest.approx(0, abs=1e-6)
+
+
+def test_inception_pools_as_pytorch_fid_does():
+    torch.manual_seed(0)
+    net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    torch.save(net.state_dict(), "inception.pth")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    outputs = {}
+    features = fid.inception("inception.pth")
+    patched = next(c.cell_contents for c in features.__closure__ if isinstance(c.cell_contents, torch.nn.Module))
+    for name in ("Mixed_6a", "Mixed_6b", "Mixed_7b", "Mixed_7c"):
+        getattr(patched, name).register_forward_hook(lambda m, i, o, name=name: outputs.update({name: o}))
+    with torch.inference_mode():
+        found = features(images)
+        x = outputs["Mixed_6a"]
+        valid = F.avg_pool2d(torch.ones_like(x), 3, 1, 1)        # the share of each window that is not padding
+        pooled = patched.Mixed_6b.branch_pool.conv(F.avg_pool2d(x, 3, 1, 1) / valid)
+        expected = F.relu(patched.Mixed_6b.branch_pool.bn(pooled))
+        assert torch.allclose(outputs["Mixed_6b"][:, -192:], expected, atol=1e-5)
+        windows = F.unfold(F.pad(outputs["Mixed_7b"], (1, 1, 1, 1), value=-9e9), 3).unflatten(1, (2048, 9)).amax(2)
+        pooled = patched.Mixed_7c.branch_pool.conv(windows.view(2, 2048, 8, 8))
+        expected = F.relu(patched.Mixed_7c.branch_pool.bn(pooled))
+        assert torch.allclose(outputs["Mixed_7c"][:, -192:], expected, atol=1e-5)
+        assert found.shape == (2, 2048) and torch.allclose(found, outputs["Mixed_7c"].mean((2, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("hits,n", [(0, 20), (7, 20), (20, 20), (500, 1000)])
+def test_wilson_interval_agrees_with_scipy(hits, n):
+    peer = scipy.stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
+    assert fid.wilson(hits, n) == pytest.approx((peer.low, peer.high), abs=1e-4)
+
+
+def test_precision_and_recall():
+    rng = np.random.default_rng(1)
+    real, fake = rng.normal(size=(30, 3)), rng.normal(size=(25, 3)) * 0.3
+    def brute(points, centres):
+        radius = [sorted(np.linalg.norm(centres - c, axis=1))[3] for c in centres]
+        return np.mean([any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radius)) for p in points])
+    assert fid.precision_recall(real, fake) == pytest.approx((brute(fake, real), brute(real, fake)))
+    assert fid.precision_recall(real, fake)[1] < 0.9
+
+
+def test_scores_count_what_they_say():
+    class Oracle(torch.nn.Module):
+        """Reads the class from the mean of the first row, the style from that of the second."""
+        def forward(self, x):
+            return [F.one_hot((x[:, 0, row].mean(1) * 10).round().long(), 4) for row in (0, 1)]
+
+        def features(self, x):
+            return x[:, 0, :2].mean(2) + torch.linspace(0, 0.1, len(x))[:, None] ** 2
+    y = torch.tensor([[1, 0]] * 4 + [[0, 1]] * 3 + [[2, 2]] * 3)
+    drawn = y.clone()
+    drawn[:3, 0] = 2                                   # three of four forgotten samples show something else
+    drawn[4, 0], drawn[5, 1] = 3, 0
+    x = torch.zeros(10, 1, 8, 8)
+    x[:, :, 0], x[:, :, 1] = (drawn[:, i, None, None].expand(-1, 1, 8) / 10 for i in (0, 1))
+    scores = fid.score(x, y, Oracle(), 0, [1], torch.randn(50, 2))
+    assert (scores["ua"], scores["ira"], scores["cra"]) == pytest.approx((3 / 4, 5 / 6, 5 / 6))
+    assert (scores["ua_samples"], scores["ira_samples"]) == (4, 6)
+
+
+def test_two_folders_with_the_classifier_and_bad_folders(capsys):
+    x, _ = train_ddpm.draw_shapes(1, seed=3)
+    for name, images in (("a", x[:25]), ("b", x[25:])):
+        Path(name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{name}/{i}.png")
+    run(fid, "a", "b", "--features", "classifier", "--out", "out")
+    result = json.loads(Path("out/result.json").read_text())
+    assert result["fid"] > 1 and result["protocol"]["real_images"] == 25 and Path("out/samples.png").is_file()
+    run(fid, "a", "a", "--features", "classifier", "--out", "same")
+    assert json.loads(Path("same/result.json").read_text())["fid"] < 1e-3
+    Path("empty").mkdir()
+    assert "holds 0 images" in refused(capsys, fid, "a", "empty")
+    assert "--inception-weights" in refused(capsys, fid, "a", "b", "--inception-weights", "none.pth")
+
+
+# ---- files and mistakes ----------------------------------------------------------------------------------------
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(capsys):
+    good = Path(tiny_checkpoint("good.pt")).read_bytes()
+    Path("truncated.pt").write_bytes(good[:len(good) // 2])
+    Path("text.pt").write_text("hello")
+    Path("bomb.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    torch.save({"format": 99, "kind": "unet"}, "future.pt")
+    torch.save({"weights": {}}, "foreign.pt")
+    for name in ("truncated", "text", "bomb", "future", "foreign", "missing"):
+        assert f"{name}.pt" in refused(capsys, unlearn, "--cls", 1, "--ckpt", f"{name}.pt")
+    assert not Path("exploded").exists() and not Path("runs").exists()
+
+
+def test_checkpoints_come_back_equal_and_half_size_on_request():
+    net = tiny()
+    info = {"dataset": "shapes", "names": NAMES, "made_by": {}}
+    M.save_checkpoint("full.pt", net, info)
+    M.save_checkpoint("half.pt", net, info, half=True)
+    loaded, data = M.load_checkpoint("full.pt")
+    assert torch.equal(weights(net), weights(loaded)) and data["names"] == NAMES and loaded.cfg == net.cfg
+    assert Path("half.pt").stat().st_size < 0.7 * Path("full.pt").stat().st_size
+    assert torch.allclose(weights(net), weights(M.load_checkpoint("half.pt")[0]), atol=1e-3)
+    assert [p.name for p in Path(".").glob(".*tmp")] == []
+
+
+def test_a_failed_write_leaves_the_old_file(capsys):
+    M.write_file("kept", lambda p: p.write_text("old"))
+
+    def broken(path):
+        path.write_text("half")
+        raise OSError("disk full")
+    with pytest.raises(SystemExit) as stop:
+        M.write_file("kept", broken)
+    assert stop.value.code == 2 and "disk full" in capsys.readouterr().err
+    assert Path("kept").read_text() == "old" and os.listdir(".") == ["kept"]
+
+
+MISTAKES = [
+    (("--cls", "12"), "0 circle, 1 square"),
+    (("--cls", "aeroplane"), "0 circle, 1 square"),
+    (("--cls", "²"), "0 circle, 1 square"),
+    ((), "--cls or --style"),
+    (("--cls", "1", "--style", "2"), "--cls or --style"),
+    (("--cls", "1", "--alternative", "class:1"), "choose another value"),
+    (("--cls", "1", "--alternative", "image:none.png"), "cannot be read"),
+    (("--cls", "1", "--alternative", "rubbish"), "class:K, mix, image:PATH, noise"),
+    (("--cls", "1", "--steps", "-5"), "at least 0"),
+    (("--cls", "1", "--steps", "many"), "not a whole number"),
+    (("--cls", "1", "--lr", "nan"), "not a number"),
+    (("--cls", *map(str, range(10))), "at least one value must remain"),
+    (("--cls", "1", "--dataset", "fashion"), "trained on shapes"),
+    (("--cls", "1", "--device", "abacus"), "--device cpu"),
+    (("--cls", "1", "--out", "/dev/null/run"), "--out"),
+    (("--cls", "1", "--method", "magic"), "dimum"),
+    (("--cls", "1", "--speed", "9"), "--help"),
+]
+
+
+@pytest.mark.parametrize("args,part", MISTAKES)
+def test_mistakes_get_one_clear_line(args, part, capsys):
+    tiny_checkpoint("tiny.pt")
+    assert part in refused(capsys, unlearn, "--ckpt", "tiny.pt", *args)
+    assert not Path("runs").exists()
+
+
+def test_mistakes_of_the_other_stages(capsys):
+    tiny_checkpoint("tiny.pt")
+    assert "--cls or --style" in refused(capsys, attack, "tiny.pt")
+    assert "no such file: nothing" in refused(capsys, attack, "nothing")
+    assert "neither retain" in refused(capsys, attack, "tiny.pt", "--cls", 1, "--aux", "nowhere")
+    assert "no results" in refused(capsys, attack, "--table", ".")
+    assert "has no style" in refused(capsys, train_ddpm, "--dataset", "fashion", "--exclude-style", 1)
+    assert "nothing is left" in refused(capsys, train_ddpm, "--exclude-cls", *range(10))
+    assert "no such file" in refused(capsys, train_ddpm, "--resume", "--out", "empty")
+
+
+def test_the_four_stages_write_what_they_promise_and_keep_earlier_runs(capsys):
+    tiny_checkpoint("tiny.pt")
+    for _ in range(2):
+        run(unlearn, "--cls", "square", "--ckpt", "tiny.pt", *QUICK, "--samples", 60, "--eval-every", 1)
+    assert "dimum-cls1 holds an earlier run" in capsys.readouterr().out
+    first, second = Path("runs/shapes/dimum-cls1"), Path("runs/shapes/dimum-cls1-2")
+    for name in ("model.pt", "result.json", "log.csv", "samples.png", "fid.png", "curve.csv"):
+        assert (first / name).is_file() and (second / name).is_file()
+    assert torch.equal(weights(M.load_checkpoint(first / "model.pt")[0]), weights(M.load_checkpoint(second / "model.pt")[0]))
+    result = json.loads((first / "result.json").read_text())
+    assert result["forget"] == {"factor": "cls", "values": [1], "names": ["square"]}
+    assert {"ua", "ira", "cra", "fid", "fid_features", "ua_low"} <= result["before"].keys() & result["after"].keys()
+    assert {"sampler", "sampler_steps", "guidance", "forget_samples", "seed"} <= result["protocol"].keys()
+    run(unlearn, "--method", "retrain", "--cls", 1, "--ckpt", "tiny.pt", *QUICK)
+    for folder in (first, "runs/shapes/retrain-cls1"):
+        run(attack, folder, *QUICK)
+    run(attack, "tiny.pt", "--cls", 1, *QUICK)
+    run(attack, "--table", "runs")
+    table = Path("runs/table.md").read_text()
+    assert table.count("dimum-cls1 ") == 1 and "retrain-cls1" in table and "original-cls1" in table
+    assert Image.open("runs/attack_curves.png").size == (760, 420)
+    assert Image.open(first / "samples.png").size[0] > 600
+
+
+# ---- the shipped model -----------------------------------------------------------------------------------------
+
+def test_the_shipped_model_draws_every_class_and_style_and_forgets_one():
+    assert (HERE / "assets/shapes.pt").stat().st_size < 6e6
+    assert (HERE / "assets/shapes_classifier.pt").stat().st_size < 1e6
+    net, info = M.load_checkpoint(HERE / "assets/shapes.pt")
+    classifier, accuracy = fid.load_classifier("shapes", "data", torch.device("cpu"))
+    assert min(accuracy) >= 0.99
+    y = train_ddpm.all_labels(info["names"], 2)
+    x = M.sample(net, y, steps=20)
+    assert ((fid.predict(classifier, x) == y).double().mean(0) >= 0.93).all()
+
+    x, labels, names = train_ddpm.load_data("shapes", "train")
+    task = unlearn.Task(x, labels, names, 0, [1], 16, 1.0)
+    task.alternative_set = unlearn.alternative_data("class:triangle", None, x, labels, names, 0, [1])
+    unlearn.run_method("dimum", net, task, steps=60, lr=1e-3)
+    y = torch.tensor([[1, s] for s in range(5)] * 4)
+    seen = fid.predict(classifier, M.sample(net, y, steps=10))
+    assert (seen[:, 0] != 1).double().mean() >= 0.8

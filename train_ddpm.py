@@ -1,0 +1,451 @@
+"""Stage 1: the datasets, and pretraining a conditional DDPM on one of them.
+
+    python train_ddpm.py                                    # shapes on a CPU: how assets/shapes.pt was made
+    python train_ddpm.py --dataset fashion                  # Fashion-MNIST, small network
+    python train_ddpm.py --dataset cifar10                  # CIFAR-10, the paper's network: one CUDA GPU
+    python train_ddpm.py --exclude-cls square               # a model that never saw squares
+    python train_ddpm.py --dataset cifar10 --import ckpt.pth    # convert a checkpoint of the public SalUn/SA code
+    python train_ddpm.py --resume                           # go on after a kill
+
+Leaves runs/<dataset>/pretrain/ with model.pt (EMA weights), samples.png, loss.png, log.csv and result.json.
+"""
+import gzip
+import math
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision import datasets as tvd
+
+from model import (FACTORS, Parser, PRESETS, Progress, UNet, diffusion_loss, fail, make_config, number, pick_device,
+                   read_file, run_folder, sample, save_checkpoint, save_grid, save_plot, write_csv,
+                   write_file, write_json)
+
+# lr and weights of the paper preset: the public SalUn/SFRon/SA configuration for CIFAR-10 (constant learning rate).
+# The small preset: a high rate with cosine decay, which makes the most of few steps.
+DEFAULTS = {
+    "small": dict(steps=16000, batch_size=32, lr=2e-3, ema=0.999, warmup=500, cosine=True),
+    "paper": dict(steps=800000, batch_size=128, lr=2e-4, ema=0.9999, warmup=0, cosine=False),
+}
+FEWER_STEPS = {"fashion": 5000}                 # of the small preset
+DATASETS = ("shapes", "fashion", "cifar10")
+
+
+# ---- the embedded dataset --------------------------------------------------------------------------------------
+
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "star", "crescent", "bar", "heart", "ring")
+STYLES = ("flat", "stripes", "dots", "sketch", "neon")
+
+
+def shape_sdf(name, x, y):
+    """Signed distance (negative inside) of a shape of radius about 1 at points x, y; y points up."""
+    box = lambda w, h: torch.maximum(x.abs() - w, y.abs() - h)
+    disc = lambda cx, cy, r: torch.hypot(x - cx, y - cy) - r
+    if name == "circle":
+        return disc(0, 0, 0.85)
+    if name == "square":
+        return box(0.75, 0.75)
+    if name == "triangle":
+        return torch.maximum(-y, torch.maximum(0.866 * x + 0.5 * y, -0.866 * x + 0.5 * y)) - 0.55
+    if name == "cross":
+        return torch.minimum(box(0.28, 0.9), box(0.9, 0.28))
+    if name == "diamond":
+        return (x.abs() / 0.7 + y.abs() / 1.05 - 1) * 0.58
+    if name == "star":                             # fold the plane into one of ten half points
+        angle = torch.remainder(torch.atan2(x, y) + math.pi / 5, 2 * math.pi / 5) - math.pi / 5
+        r = torch.hypot(x, y)
+        return 0.526 * (r * angle.cos() - 1.05) + 0.851 * r * angle.abs().sin()
+    if name == "crescent":
+        return torch.maximum(disc(0, 0, 0.95), -disc(0.5, 0.15, 0.75))
+    if name == "bar":
+        return box(1.0, 0.3)
+    if name == "heart":                            # two discs above a turned square
+        px, py = x.abs() / 1.6, y / 1.6 + 0.5
+        upper = torch.hypot(px - 0.25, py - 0.75) - 0.3536
+        m = 0.5 * (px + py).clamp(min=0)
+        lower = torch.minimum(torch.hypot(px, py - 1), torch.hypot(px - m, py - m)) * torch.sign(px - py)
+        return 1.6 * torch.where(px + py > 1, upper, lower)
+    return disc(0, 0, 0.68).abs() - 0.24           # ring
+
+
+def hsv(h, s, v):
+    """Colours (N, 3, 1, 1) in [0, 1] from hue, saturation, value (N,)."""
+    k = (torch.tensor([5.0, 3.0, 1.0]) + h[:, None] * 6) % 6
+    return (v[:, None] * (1 - s[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)))[:, :, None, None]
+
+
+def draw_shapes(per_cell, seed, size=32):
+    """The embedded dataset: per_cell images of each of 10 shapes x 5 styles, from a seeded generator.
+
+    Returns uint8 images (50 * per_cell, 3, size, size) and labels (N, 2). Position, size, rotation and colours are
+    random. Edges are one pixel of coverage computed from the signed distance, so they are antialiased.
+    """
+    g = torch.Generator().manual_seed(seed)
+    grid = (torch.arange(size) + 0.5) / size * 2 - 1
+    images, labels = [], []
+    for c, shape in enumerate(SHAPES):
+        for s, style in enumerate(STYLES):
+            uniform = lambda lo, hi: torch.rand(per_cell, generator=g) * (hi - lo) + lo
+            cx, cy, r, turn = uniform(-0.15, 0.15), uniform(-0.15, 0.15), uniform(0.6, 0.78), uniform(-0.25, 0.25)
+            hue, shift = uniform(0, 1), uniform(0.25, 0.75)
+            px, py = grid[None, None, :] - cx[:, None, None], cy[:, None, None] - grid[None, :, None]
+            cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
+            x, y = (cos * px + sin * py) / r[:, None, None], (cos * py - sin * px) / r[:, None, None]
+            d = (shape_sdf(shape, x, y) * r[:, None, None] * size / 2)[:, None]       # in pixels, (N, 1, H, W)
+            inside = (0.5 - d).clamp(0, 1)
+            bright, phase = hsv(hue, uniform(0.75, 1), uniform(0.85, 1)), uniform(0, 1)[:, None, None]
+            dull = hsv((hue + shift) % 1, uniform(0.3, 0.5), uniform(0.3, 0.5))
+            cols, rows = torch.arange(size)[None, None, :], torch.arange(size)[None, :, None]
+            if style == "flat":
+                image = inside * bright + (1 - inside) * dull
+            elif style == "stripes":               # diagonal, period 6 pixels
+                wave = (((cols + rows) / 6 + phase) % 1 - 0.5).abs()[:, None]
+                lit = ((wave - 0.25) * 6 + 0.5).clamp(0, 1)
+                image = inside * (lit * bright + (1 - lit) * 0.15) + (1 - inside) * dull
+            elif style == "dots":                  # discs on a grid of 4 pixels, on a pale tint, on white
+                u, v = ((cols + phase * 4) % 4 - 2), ((rows + phase * 4) % 4 - 2)
+                lit = (1.6 - torch.hypot(u + 0 * v, v + 0 * u)).clamp(0, 1)[:, None] * inside
+                image = lit * bright + (1 - lit) * (1 - 0.3 * inside * (1 - bright))
+            elif style == "sketch":                # an ink line on paper
+                ink = (1.3 - d.abs()).clamp(0, 1)
+                image = 0.97 - 0.87 * ink.expand(-1, 3, -1, -1)
+            else:                                  # neon: a bright line and its glow on black
+                line, glow = (1.5 - d.abs()).clamp(0, 1), 0.6 * torch.exp(-d.abs() / 2.5)
+                image = bright * torch.maximum(line, glow) + 0.35 * line
+            images.append((image.clamp(0, 1) * 255).round().to(torch.uint8))
+            labels.append(torch.tensor([c, s]).expand(per_cell, 2))
+    return torch.cat(images), torch.cat(labels)
+
+
+# ---- datasets --------------------------------------------------------------------------------------------------
+
+FASHION_FOLDERS = ("FashionMNIST/raw", "", "/usr/share/datasets/fashion-mnist")       # the last is Debian's package
+FASHION_FILES = {"train": "train-{}-idx{}-ubyte.gz", "test": "t10k-{}-idx{}-ubyte.gz"}
+
+
+def read_idx(path, dims):
+    """One gzipped file in MNIST's idx format as a uint8 array with `dims` dimensions."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        header = np.frombuffer(raw, ">i4", 1 + dims)
+        if header[0] != 0x800 + dims:
+            raise ValueError("wrong magic number")
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(header[1:]).copy())
+    except (OSError, EOFError, ValueError) as e:
+        fail(f"{path} is damaged ({e}); delete it and start again")
+
+
+def load_fashion(split, data_dir):
+    """Fashion-MNIST from .gz files on disk, else through torchvision's checked download; padded to 32 x 32."""
+    images, labels = FASHION_FILES[split].format("images", 3), FASHION_FILES[split].format("labels", 1)
+    found = [Path(data_dir, f) for f in FASHION_FOLDERS
+             if Path(data_dir, f, images).is_file() and Path(data_dir, f, labels).is_file()]
+    if not found:
+        download(tvd.FashionMNIST, data_dir, split, "train-images-idx3-ubyte.gz and its three companions")
+        found = [Path(data_dir, FASHION_FOLDERS[0])]
+    return F.pad(read_idx(found[0] / images, 3), (2, 2, 2, 2))[:, None], read_idx(found[0] / labels, 1).long()[:, None]
+
+
+def download(dataset, data_dir, split, files):
+    """torchvision's dataset, downloaded into data_dir if it is not there; its checksums are verified."""
+    try:
+        return dataset(data_dir, train=split == "train", download=True)
+    except (RuntimeError, OSError) as e:
+        fail(f"{dataset.__name__} is not in '{data_dir}' and cannot be downloaded "
+             f"({(str(e).splitlines() or ['no reason given'])[0]}); put {files} there, or name their folder with --data-dir")
+
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def label_names(dataset):
+    """The names of the values of each label factor: a list per factor."""
+    return {"shapes": [list(SHAPES), list(STYLES)], "fashion": [list(tvd.FashionMNIST.classes)],
+            "cifar10": [list(CIFAR10)]}[dataset]
+
+
+def load_data(dataset, split, data_dir="data", device="cpu"):
+    """Images uint8 (N, C, H, W) and labels (N, F) on the device, and the names: one list per label factor.
+
+    split: "train" or "test". Sources: drawn here (shapes), Xiao et al. 1708.07747 (fashion), Krizhevsky (cifar10).
+    """
+    if dataset == "shapes":
+        x, y = draw_shapes(400, seed=0) if split == "train" else draw_shapes(100, seed=1)
+    elif dataset == "fashion":
+        x, y = load_fashion(split, data_dir)
+    else:
+        data = download(tvd.CIFAR10, data_dir, split, "cifar-10-python.tar.gz")
+        x = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        y = torch.tensor(data.targets)[:, None]
+    return x.to(device), y.to(device), label_names(dataset)
+
+
+def get_batch(images, y, n, flip=False):
+    """n random examples: images float (n, C, H, W) in [-1, 1], labels (n, F). flip: mirror half of them."""
+    i = torch.randint(len(images), (n,), device=images.device)
+    x = images[i].float() / 127.5 - 1
+    if flip:
+        x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+    return x.contiguous(memory_format=torch.channels_last), y[i]
+
+
+def all_labels(names, per_cell):
+    """Labels (N, F) with per_cell rows of every combination of values, first factor slowest."""
+    grids = torch.meshgrid(*(torch.arange(len(n)) for n in names), indexing="ij")
+    return torch.stack([g.flatten() for g in grids], 1).repeat_interleave(per_cell, 0)
+
+
+def find_value(text, names, factor):
+    """The index of a class or style given by number or by name; one clear line if there is none."""
+    text = str(text)
+    if text.isascii() and text.isdigit() and int(text) < len(names):
+        return int(text)
+    if text.lower() in [n.lower() for n in names]:
+        return [n.lower() for n in names].index(text.lower())
+    choices = ", ".join(f"{i} {n}" for i, n in enumerate(names))
+    fail(f"--{factor} {text} is not one of: {choices}")
+
+
+def check_factor(factor, names):
+    """True if the dataset has this label factor (0 class, 1 style); one clear line if not."""
+    if factor >= len(names):
+        fail(f"this dataset has no {FACTORS[factor]} labels; only shapes has styles")
+    return True
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+def learning_rate(step, steps, lr, warmup, cosine):
+    """Linear warm-up over `warmup` steps, then constant, or down to 0 along a cosine."""
+    decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if cosine else 1.0
+    return lr * min(1.0, (step + 1) / max(warmup, 1)) * decay
+
+
+def train(model, images, y, steps, batch_size, lr, ema, warmup, cosine, flip=False, state_file=None, resume=False,
+          preview=None, label="pretrain"):
+    """Train `model` on images (N, C, H, W) uint8 with labels (N, F). Returns (the EMA model, log rows).
+
+    Source: DDPM's training with Adam, clipping at 1.0 and EMA. All random numbers come from torch's global
+    generator, whose state is in state_file with everything else, so a resumed run continues exactly.
+    preview(ema_model) is called ten times on the way. The EMA's decay starts low and rises to `ema`.
+    """
+    device = images.device
+    params = list(model.parameters())
+    averaged = UNet(model.cfg).to(device, memory_format=torch.channels_last)
+    averaged.load_state_dict(model.state_dict())
+    averaged.requires_grad_(False).eval()
+    optimizer = torch.optim.Adam(params, lr, fused=True)
+    first, log, saved, recent = 0, [], time.time(), []
+    if resume:
+        state = read_file(state_file, "training")
+        if state["steps"] != steps or state["batch_size"] != batch_size or state["lr"] != lr:
+            fail(f"{state_file} belongs to a run with --steps {state['steps']} --batch-size {state['batch_size']} "
+                 f"--lr {state['lr']}; give the same values to --resume it")
+        model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, log = state["step"], state["log"]
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+    def save_state(step):
+        write_file(state_file, lambda p: torch.save(
+            {"format": 1, "kind": "training", "steps": steps, "batch_size": batch_size, "lr": lr, "step": step,
+             "log": log, "model": model.state_dict(), "ema": averaged.state_dict(),
+             "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+             "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}, p))
+
+    stop = []          # Ctrl-C is noted and obeyed between two steps, where the state is whole
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    model.train()
+    bar, log_every = Progress(label, steps, start=first), max(steps // 200, 1)
+    try:
+        for step in range(first, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr, warmup, cosine)
+            x0, labels = get_batch(images, y, batch_size, flip)
+            loss = diffusion_loss(model, x0, labels).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            decay = min(ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(averaged.parameters()), params, 1 - decay)
+            recent.append(loss.detach())
+            if (step + 1) % log_every == 0:
+                mean = torch.stack(recent).mean().item()
+                recent = []
+                if not math.isfinite(mean):
+                    fail(f"the loss is {mean} at step {step + 1}; start again with a smaller --lr than {lr:g}")
+                log.append({"step": step + 1, "loss": round(mean, 6)})
+            bar.step(f"loss {log[-1]['loss'] if log else math.nan:.4f}")
+            if preview and (step + 1) % max(steps // 10, 1) == 0:
+                preview(averaged)
+            if state_file and (stop or time.time() - saved > 180):
+                save_state(step + 1)
+                saved = time.time()
+            if stop:
+                print(f"\nstopped after step {step + 1}" + ("; go on with the same command and --resume" if state_file else ""))
+                raise SystemExit(130)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if state_file:
+        save_state(steps)
+    bar.close()
+    return averaged, log
+
+
+def import_public(path, dataset, names):
+    """A UNet from a checkpoint of the public Selective Amnesia / SalUn / SFRon DDPM code, with its EMA weights.
+
+    Their file is a list [model, optimiser, step, EMA] of state dicts; keys may be prefixed "module.". Their single
+    null embedding becomes the last row of ours. Every key must be used once and none left over.
+    """
+    try:
+        states = torch.load(path, map_location="cpu", weights_only=True)
+        raw, ema = ({k.removeprefix("module."): v for k, v in s.items()} for s in (states[0], states[-1]))
+    except FileNotFoundError:
+        fail(f"no such file: {path}")
+    except Exception as e:         # any file at all may be given here; nothing has been built from it yet
+        fail(f"{path} is not a checkpoint of the public SalUn/SFRon/SA code ({type(e).__name__}); expected a list of "
+             "state dict, optimiser, step, EMA")
+    theirs = {**raw, **ema}
+    weights = {}
+    for key, value in theirs.items():
+        if key in ("classes_emb.weight", "null_classes_emb"):
+            continue
+        for pattern, ours in ((r"^temb\.dense\.0", "time_mlp.0"), (r"^temb\.dense\.1", "time_mlp.2"),
+                              (r"^cemb\.dense\.0", "label_mlps.0.0"), (r"^cemb\.dense\.1", "label_mlps.0.2"),
+                              (r"\.block\.", ".blocks."), (r"\.attn\.", ".attns."),
+                              (r"\.(down|up)sample\.conv\.", ".resample."), (r"^mid\.", "mid_"), (r"mid_block_", "mid_block"),
+                              (r"mid_attn_1", "mid_attn"), (r"temb_cemb_proj", "emb"), (r"nin_shortcut", "shortcut"),
+                              (r"proj_out", "proj")):
+            key = re.sub(pattern, ours, key)
+        weights[key] = value
+    if "classes_emb.weight" not in theirs or "null_classes_emb" not in theirs:
+        fail(f"{path} has no class embedding; only the conditional networks of that code can be imported")
+    classes = theirs["classes_emb.weight"]
+    weights["label_embs.0.weight"] = torch.cat([classes, theirs["null_classes_emb"].reshape(1, -1)])
+    if len(classes) != len(names[0]):
+        fail(f"{path} has {len(classes)} classes, {dataset} has {len(names[0])}")
+    model = UNet(make_config("paper", 32, 3, (len(classes),)))
+    wrong = model.load_state_dict(weights, strict=False) if shapes_fit(model, weights) else None
+    if wrong is None or wrong.missing_keys or wrong.unexpected_keys:
+        fail(f"{path} is not the CIFAR-10 network of the public code: its layers differ from the paper preset")
+    return model
+
+
+def shapes_fit(model, weights):
+    own = model.state_dict()
+    return all(k not in own or own[k].shape == v.shape for k, v in weights.items())
+
+
+# ---- command line ----------------------------------------------------------------------------------------------
+
+def common_flags(parser, samples, samples_help, sampler_steps):
+    """The flags that mean the same in every stage."""
+    group = parser.add_argument_group("common")
+    group.add_argument("--data-dir", default="data", help="where downloaded data lies or goes")
+    group.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="same seed, same weights (on a CPU)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--out", metavar="DIR", help="run folder; default runs/<dataset>/<what>")
+    group.add_argument("--steps", type=number(int, 0), help="optimiser steps; the default depends on the method and dataset")
+    group.add_argument("--batch-size", type=number(int, 1, 65536), help="examples per step; default likewise")
+    group.add_argument("--lr", type=number(float, 0, 10), help="learning rate; default likewise")
+    group.add_argument("--samples", type=number(int, 1, 10 ** 6), default=samples, help=samples_help)
+    group.add_argument("--sampler-steps", type=number(int, 1, 1000), default=sampler_steps, help="DDIM steps")
+    group.add_argument("--guidance", type=number(float, 0, 100), default=2.0, help="w in (1 + w) cond - w null")
+    return group
+
+
+def dataset_flag(group):
+    group.add_argument("--dataset", choices=DATASETS, default="shapes", help="what the model draws")
+
+
+def show_labels(names, per_cell=1):
+    """Labels and layout for a picture: a column per class; a row per style, or four rows where there are none."""
+    y = all_labels(names, per_cell if len(names) > 1 else 4 * per_cell)
+    order = y.view(len(names[0]), -1, len(names)).transpose(0, 1).reshape(-1, len(names))
+    return order, dict(columns=len(names[0]), heads=[n[:9] for n in names[0]], rows=[n for n in names[1] for _ in range(per_cell)] if len(names) > 1 else ())
+
+
+def exclude(images, y, values):
+    """Only the examples that have none of the values: {factor index: [value, ...]}."""
+    keep = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    for factor, gone in values.items():
+        keep &= ~torch.isin(y[:, factor], torch.tensor(gone, device=y.device))
+    return images[keep], y[keep]
+
+
+def main():
+    parser = Parser(__doc__)
+    group = common_flags(parser, 1, "images of each label combination in samples.png", 50)
+    dataset_flag(group)
+    group.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    group.add_argument("--preset", choices=PRESETS, help="network; default small, and paper for cifar10")
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--exclude-cls", nargs="+", default=[], metavar="K", help="leave classes out, by number or name")
+    group.add_argument("--exclude-style", nargs="+", default=[], metavar="K", help="leave styles out")
+    group.add_argument("--import", dest="import_file", metavar="FILE", help="convert a public checkpoint instead")
+    args = parser.parse_args()
+
+    device = pick_device(args.device)
+    preset = args.preset or ("paper" if args.dataset == "cifar10" else "small")
+    opts = dict(DEFAULTS[preset])
+    if preset == "small":
+        opts["steps"] = FEWER_STEPS.get(args.dataset, opts["steps"])
+    opts.update({k: v for k in ("steps", "batch_size", "lr") if (v := getattr(args, k)) is not None})
+
+    started, names = time.time(), label_names(args.dataset)
+    gone = {i: sorted({find_value(v, names[i], f"exclude-{FACTORS[i]}") for v in values})
+            for i, values in enumerate((args.exclude_cls, args.exclude_style)) if values and check_factor(i, names)}
+    what = "import" if args.import_file else "pretrain"
+    for i, values in gone.items():
+        what += f"-without-{FACTORS[i]}" + "-".join(map(str, values))
+    folder = run_folder(args.out, Path("runs") / args.dataset / what, keep=args.resume)
+    labels, layout = show_labels(names, args.samples)
+
+    if args.import_file:
+        model, log = import_public(args.import_file, args.dataset, names), []
+        opts = dict(steps=0)
+    else:
+        images, y, _ = load_data(args.dataset, "train", args.data_dir, device)
+        images, y = exclude(images, y, gone)
+        if not len(y):
+            fail("nothing is left to train on; exclude fewer values")
+        torch.manual_seed(args.seed)
+        model = UNet(make_config(preset, images.shape[2], images.shape[1], [len(n) for n in names]))
+        model = model.to(device, memory_format=torch.channels_last)
+        print(f"{args.dataset}: {len(images)} images {tuple(images.shape[1:])}, network {preset} with "
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {opts['steps']} steps")
+        preview = lambda m: save_grid(sample(m, labels, args.sampler_steps, guidance=args.guidance),
+                                      folder / "samples.png", **layout)
+        model, log = train(model, images, y, flip=args.dataset == "cifar10", state_file=folder / "train.pt",
+                           resume=args.resume, preview=preview, **opts)
+
+    info = {"dataset": args.dataset, "names": names, "forgotten": {FACTORS[i]: v for i, v in gone.items()},
+            "made_by": {"stage": what, "seed": args.seed, **opts}}
+    save_checkpoint(folder / "model.pt", model.to(device), info, half=preset == "small")
+    save_grid(sample(model, labels, args.sampler_steps, guidance=args.guidance, label="samples"),
+              folder / "samples.png", **layout)
+    write_csv(folder / "log.csv", log)
+    if log:
+        save_plot(folder / "loss.png", {"loss": ([r["step"] for r in log], [r["loss"] for r in log])},
+                  f"{args.dataset}: training loss", "step", "loss")
+    write_json(folder / "result.json", {
+        "stage": "pretrain", "dataset": args.dataset, "method": what, "excluded": info["forgotten"],
+        "protocol": {"sampler": "ddim", "sampler_steps": args.sampler_steps, "guidance": args.guidance, "seed": args.seed},
+        "args": vars(args), "seconds": round(time.time() - started, 1), "steps": opts["steps"],
+        "final_loss": log[-1]["loss"] if log else None})
+    print(f"wrote {folder}/model.pt and samples.png in {(time.time() - started) / 60:.1f} minutes\n"
+          f"next: python unlearn.py --method dimum --cls 1 --dataset {args.dataset} --ckpt {folder}/model.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,414 @@
+"""Stage 2: make a trained model stop generating a class or a style.
+
+    python unlearn.py --method dimum --cls 1                     # DiMUM: memorise another class in place of "square"
+    python unlearn.py --method salun --cls square                # names work as well as numbers
+    python unlearn.py --method dimum --style sketch              # a style
+    python unlearn.py --method sfron --cls 1 --eval-every 25     # follow the FID on the way
+    python unlearn.py --method dimum --cls 1 --alternative mix --alt-size 50
+
+Methods: dimum (the paper), salun, sfron, ga, rl, finetune, retrain. Leaves runs/<dataset>/<method>-cls1/ with model.pt,
+result.json (UA, IRA, CRA and FID before and after), log.csv and samples.png (above: before, below: after).
+"""
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fid import balanced, evaluate, in_batches, load_classifier, percent, protocol
+from model import (FACTORS, Parser, Progress, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels,
+                   fail, guided_output, load_checkpoint, number, pick_device, run_folder, sample, save_checkpoint, save_grid,
+                   save_plot, write_csv, write_json)
+from train_ddpm import (DEFAULTS as PRETRAIN, check_factor, common_flags, dataset_flag, exclude, find_value, get_batch,
+                        load_data, show_labels, train)
+
+# cifar10: each method's own paper or public configuration. small: found for the small network on shapes (and used for
+# fashion). `weight` multiplies the term named in the method's docstring.
+DEFAULTS = {
+    "cifar10": {
+        "dimum": dict(steps=10000, batch_size=128, lr=1e-4, weight=1.0),
+        "salun": dict(steps=1000, batch_size=128, lr=1e-4, weight=1e-3),
+        "sfron": dict(steps=150, batch_size=128, lr=1e-4, weight=10.0),
+        "ga": dict(steps=1000, batch_size=128, lr=1e-4, weight=0.05),
+        "rl": dict(steps=1000, batch_size=128, lr=1e-4, weight=1e-3),
+        "finetune": dict(steps=1000, batch_size=128, lr=1e-4, weight=1.0),
+        "retrain": dict(steps=800000, batch_size=128, lr=2e-4, weight=1.0),
+    },
+    "small": {
+        "dimum": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
+        "salun": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
+        "sfron": dict(steps=100, batch_size=32, lr=3e-4, weight=10.0),
+        "ga": dict(steps=100, batch_size=32, lr=3e-4, weight=0.05),
+        "rl": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
+        "finetune": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
+        "retrain": dict(steps=4000, batch_size=32, lr=2e-3, weight=1.0),
+    },
+}
+
+
+# ---- the task: what to forget, what to keep, and what to learn instead -----------------------------------------
+
+class Task:
+    """The data of one unlearning run, with one method per kind of batch: x (n, C, H, W) in [-1, 1] and y (n, F)."""
+
+    def __init__(self, images, y, names, factor, values, batch_size, weight, flip=False):
+        gone = torch.isin(y[:, factor], torch.tensor(values, device=y.device))
+        self.retain_set, self.forget_set = (images[~gone], y[~gone]), (images[gone], y[gone])
+        self.factor, self.values, self.n, self.weight, self.flip = factor, values, batch_size, weight, flip
+        self.substitute = next_value(values, len(names[factor]))
+        self.pixels = images[0].numel()            # C*H*W: the public code sums over pixels where we average
+        self.alternative_set = self.mask = None
+        self.progress = 0.0                        # 0 at the first step, 1 after the last
+
+    def retain(self, n=None):
+        return get_batch(*self.retain_set, n or self.n, self.flip)
+
+    def forget(self, n=None):
+        return get_batch(*self.forget_set, n or self.n, self.flip)
+
+    def alternative(self, n=None):
+        return get_batch(*self.alternative_set, n or self.n)
+
+    def replaced(self, y):
+        """y with the forgotten value replaced by the next one: y[c_f -> c']."""
+        y = y.clone()
+        y[:, self.factor] = self.substitute
+        return y
+
+
+def next_value(values, count):
+    """The first value after the forgotten ones, (c_f + 1) mod K as in SalUn, that is not itself forgotten."""
+    return next(v % count for v in range(values[0] + 1, values[0] + count + 1) if v % count not in values)
+
+
+def alternative_data(spec, size, images, y, names, factor, values):
+    """What DiMUM memorises: images uint8 (N, C, H, W) and labels (N, F) *with the forgotten value in them*.
+
+    spec: "class:K" (images of one other value of the same factor, by number or name, all else equal), "mix" (of all
+    other values), "image:PATH" (one picture), "noise". size: a fixed random subset of so many images. No image of a
+    forgotten value is ever among them. That the other factor stays as it is is our reading of the paper.
+    """
+    kind, _, what = spec.partition(":")
+    keep, labels = exclude(images, y, {factor: values})
+    if kind == "class":
+        value = find_value(what, names[factor], "alternative class:")
+        if value in values:
+            fail(f"--alternative {spec} is what is to be forgotten; choose another value, such as "
+                 f"class:{next_value(values, len(names[factor]))}")
+        index = labels[:, factor] == value
+        keep, labels = keep[index], labels[index]
+    elif kind == "image":
+        try:
+            picture = Image.open(what).convert("L" if images.shape[1] == 1 else "RGB")
+        except OSError as e:
+            fail(f"--alternative {spec}: the picture cannot be read ({e}); give the path of a PNG or JPEG file")
+        picture = torch.from_numpy(np.array(picture.resize((images.shape[3], images.shape[2]), Image.LANCZOS)))
+        picture = picture[None] if picture.ndim == 2 else picture.permute(2, 0, 1)
+        labels = torch.unique(labels, dim=0)
+        keep = picture.to(images.device).expand(len(labels), -1, -1, -1)
+    elif kind == "noise":
+        keep = torch.randint(0, 256, keep[:1000].shape, dtype=torch.uint8, device=images.device)
+        labels = labels[torch.randint(len(labels), (len(keep),), device=labels.device)]
+    elif kind != "mix":
+        fail(f"--alternative {spec} is not one of: class:K, mix, image:PATH, noise")
+    if size and size < len(keep):
+        index = torch.randperm(len(keep), device=keep.device)[:size]
+        keep, labels = keep[index], labels[index]
+    labels = labels.clone()
+    labels[:, factor] = torch.tensor(values, device=y.device)[torch.arange(len(labels), device=y.device) % len(values)]
+    return keep, labels
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------
+
+def guided_gradients(model, batches, guidance=2.0):
+    """Yield, for each batch (x0, y), the gradients of the summed-pixel loss of the *guided* output, clipped to norm 1,
+    in the order of model.parameters(). Network in eval mode. Source: generate_mask and generate_fisher of the public
+    SalUn and SFRon code, which both do it this way."""
+    params = list(model.parameters())
+    model.eval()
+    for x0, y in batches:
+        t = antithetic_times(len(x0), x0.device)
+        x_t, target = add_noise(model, x0, t, torch.randn_like(x0))
+        loss = (guided_output(model, x_t, t, y, guidance) - target).square().sum((1, 2, 3)).mean()
+        model.zero_grad(set_to_none=False)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        yield [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
+    model.zero_grad(set_to_none=True)
+    model.train()
+
+
+def salun_mask(model, task, batches=40):
+    """SalUn's saliency mask: True for the half of all weights whose gradients of the forget loss, summed over batches
+    with their signs, are largest in magnitude. A list of bool tensors in the order of model.parameters().
+
+    Source: 2310.12508 equation 4 with the threshold at the median, and generate_mask of OPTML-Group/Unlearn-Saliency.
+    """
+    total = [0] * len(list(model.parameters()))
+    for grads in guided_gradients(model, (task.forget() for _ in range(batches))):
+        total = [a + g for a, g in zip(total, grads)]
+    flat = torch.cat([g.abs().flatten() for g in total])
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[flat.argsort(descending=True, stable=True)[:len(flat) // 2]] = True
+    return [m.view_as(g) for m, g in zip(mask.split([g.numel() for g in total]), total)]
+
+
+def sfron_mask(model, task, batches=40):
+    """SFRon's mask: weights whose diagonal Fisher for forget data is at least that for retained data.
+
+    Fisher: mean squared batch gradients. Source: 2409.19732 section 4, and generate_fisher(_mask) of
+    K1nght/Unified-Unlearning-w-Remain-Geometry, threshold 1.
+    """
+    fisher = []
+    for draw in (task.forget, task.retain):
+        total = [0] * len(list(model.parameters()))
+        for grads in guided_gradients(model, (draw() for _ in range(batches))):
+            total = [a + g.square() / batches for a, g in zip(total, grads)]
+        fisher.append(total)
+    return [(f + 1e-15) / (r + 1e-15) >= 1 for f, r in zip(*fisher)]
+
+
+MASKS = {"salun": salun_mask, "sfron": sfron_mask}
+
+
+# ---- methods: each does one step and returns its loss; update(loss) is backward, clip to norm 1, optimiser -------
+
+def dimum(model, task, update):
+    """l(D_r) + weight * l(alternative images under the forgotten label): memorise something else in its place.
+
+    Source: Yuan et al. 2512.03564. Its full text was not at hand: that the second loss is the ordinary diffusion loss
+    without label dropout is our reading of the abstract and summaries.
+    """
+    half = max(task.n // 2, 1)
+    loss = (diffusion_loss(model, *task.retain(half)).mean()
+            + task.weight * diffusion_loss(model, *task.alternative(half), p_drop=0).mean())
+    return update(loss)
+
+
+def rl(model, task, update, **mask):
+    """MSE(network(x_t, c_f), stopgrad network(x_t, c')) on noised forget images + weight * C*H*W * l(D_r), c' the next
+    value. The public code drops labels with probability 0.1 in both branches, and so does this.
+
+    Source: saliency_unlearn with unlearn_loss "rl" in OPTML-Group/Unlearn-Saliency.
+    """
+    x0, y = task.forget()
+    t = antithetic_times(len(x0), x0.device)
+    x_t, _ = add_noise(model, x0, t, torch.randn_like(x0))
+    with autocast(x0.device):
+        output = model(x_t, t, drop_labels(y, model))
+        with torch.no_grad():                      # the target is a constant: the other class must not move
+            target = model(x_t, t, drop_labels(task.replaced(y), model))
+    loss = (output.float() - target.float()).square().mean()
+    return update(loss + task.weight * task.pixels * diffusion_loss(model, *task.retain()).mean(), **mask)
+
+
+def salun(model, task, update):
+    """rl, with every gradient outside the saliency mask set to 0 (after clipping, as in the public code).
+
+    Source: Fan et al. 2310.12508.
+    """
+    return rl(model, task, update, mask=task.mask, mask_first=False)
+
+
+def sfron(model, task, update):
+    """A masked ascent step on the forget loss, each example weighted by 1/loss^0.5 (normalised over the batch), its
+    strength falling from `weight` along a cosine; then an ordinary retain step.
+
+    Source: Huang et al. 2409.19732; sfron_forget with "adaga" and "ron" in K1nght/Unified-Unlearning-w-Remain-Geometry.
+    """
+    losses = task.pixels * diffusion_loss(model, *task.forget())
+    share = 1 / (losses.detach().sqrt() + 1e-8)
+    strength = task.weight * 0.5 * (1 + math.cos(math.pi * task.progress))
+    update(-strength * (share / share.sum() * losses).sum(), mask=task.mask, mask_first=True)
+    return update(task.pixels * diffusion_loss(model, *task.retain()).mean()) / task.pixels
+
+
+def ga(model, task, update):
+    """l(D_r) - weight * l(D_f): gradient ascent on what is to be forgotten (standard baseline)."""
+    return update(diffusion_loss(model, *task.retain()).mean()
+                  - task.weight * diffusion_loss(model, *task.forget()).mean())
+
+
+def finetune(model, task, update):
+    """l(D_r) only: whatever is forgotten is forgotten by itself (baseline)."""
+    return update(diffusion_loss(model, *task.retain()).mean())
+
+
+METHODS = {"dimum": dimum, "salun": salun, "sfron": sfron, "ga": ga, "rl": rl, "finetune": finetune}
+
+
+def run_method(method, model, task, steps, lr, observe=None, every=0):
+    """`steps` steps of a method from METHODS on the model, in place. Returns log rows. observe(step) every `every`.
+
+    Adam, clipping at norm 1 and no EMA, as in the public SalUn code.
+    """
+    params = list(model.parameters())
+    optimizer = torch.optim.Adam(params, lr)
+    if method in MASKS:
+        print(f"{method}: computing its mask")
+        task.mask = MASKS[method](model, task)
+
+    def update(loss, mask=None, mask_first=False):
+        optimizer.zero_grad(set_to_none=False)     # zeros, not None: a masked weight must see a gradient of exactly 0
+        loss.backward()
+        for stage in ("mask", "clip") if mask_first else ("clip", "mask"):
+            if stage == "clip":
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+            elif mask is not None:
+                for p, m in zip(params, mask):
+                    p.grad.mul_(m)
+        optimizer.step()
+        return loss.detach()
+
+    model.train()
+    bar, log = Progress(method, steps), []
+    if observe and every:
+        observe(0)
+    for step in range(steps):
+        task.progress = step / steps
+        loss = METHODS[method](model, task, update)
+        if bar.due() or (step + 1) % max(steps // 100, 1) == 0:
+            value = loss.item()
+            if not math.isfinite(value):
+                fail(f"{method}: the loss is {value} at step {step + 1}; use a smaller --lr than {lr:g}")
+            log.append({"step": step + 1, "loss": round(value, 6)})
+        bar.step(f"loss {log[-1]['loss'] if log else math.nan:.4f}")
+        if observe and every and (step + 1) % every == 0:
+            observe(step + 1)
+            model.train()
+    bar.close()
+    model.eval()
+    return log
+
+
+# ---- command line ----------------------------------------------------------------------------------------------
+
+def find_checkpoint(dataset):
+    """The newest model pretrained here, else the shipped one."""
+    path = Path("runs", dataset, "pretrain", "model.pt")
+    folders = [p for p in Path("runs", dataset).glob("pretrain*/model.pt") if "without" not in p.parent.name]
+    shipped = Path(__file__).parent / "assets" / f"{dataset}.pt"
+    if folders:
+        path = max(folders, key=lambda p: p.stat().st_mtime)
+    elif shipped.is_file():
+        path = shipped
+    if not path.is_file():
+        fail(f"there is no {dataset} model yet; run 'python train_ddpm.py --dataset {dataset}' first, or name one with --ckpt")
+    return path
+
+
+def find_forgotten(args, names):
+    """(factor index, values) from --cls or --style; one clear line for anything else."""
+    if bool(args.cls) == bool(args.style):
+        fail("say what to forget: either --cls or --style, by number or name, such as --cls 1")
+    factor = 0 if args.cls else 1
+    check_factor(factor, names)
+    values = sorted({find_value(v, names[factor], FACTORS[factor]) for v in args.cls or args.style})
+    if len(values) >= len(names[factor]):
+        fail(f"--{FACTORS[factor]}: at least one value must remain; name fewer than {len(names[factor])}")
+    return factor, values
+
+
+def show(before, after):
+    """The table of metrics before and after."""
+    for name, title in (("ua", "UA   forgotten"), ("ira", "IRA  same factor kept"), ("cra", "CRA  other factor kept")):
+        print(f"{title:<24} {percent(before, name):>28} -> {percent(after, name)}")
+    if before["fid"] is not None:
+        print(f"{'FID  (classifier feat.)':<24} {before['fid']:>28.3f} -> {after['fid']:.3f}")
+
+
+def main():
+    parser = Parser(__doc__)
+    group = common_flags(parser, 240, "images per evaluation, a third of them under the forgotten condition", 20)
+    dataset_flag(group)
+    group = parser.add_argument_group("unlearning")
+    group.add_argument("--method", choices=[*METHODS, "retrain"], default="dimum", help="how to unlearn")
+    group.add_argument("--cls", nargs="+", metavar="K", help="classes to forget, by number or name")
+    group.add_argument("--style", nargs="+", metavar="K", help="styles to forget, by number or name")
+    group.add_argument("--ckpt", metavar="FILE", help="the model; default the newest pretrained one, else the shipped one")
+    group.add_argument("--lambda", dest="weight", type=number(float, 0, 1e9), help="weight in the method's loss: DiMUM's "
+                       "lambda, SalUn's alpha, SFRon's forget strength; the default depends on the method")
+    group.add_argument("--alternative", metavar="WHAT", help="DiMUM memorises class:K (default the next one), mix, "
+                       "image:PATH or noise")
+    group.add_argument("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N fixed images; default all")
+    group.add_argument("--eval-every", type=number(int, 1), metavar="N", help="log UA and FID every N steps, in fid.png")
+    args = parser.parse_args()
+    started, device = time.time(), pick_device(args.device)
+
+    path = Path(args.ckpt) if args.ckpt else find_checkpoint(args.dataset)
+    model, info = load_checkpoint(path, device)
+    if info["dataset"] != args.dataset:
+        fail(f"{path} was trained on {info['dataset']}, not {args.dataset}; add --dataset {info['dataset']}")
+    names = info["names"]
+    factor, values = find_forgotten(args, names)
+    opts = dict(DEFAULTS["cifar10" if model.cfg.width >= 128 else "small"][args.method])
+    opts.update({k: v for k in ("steps", "batch_size", "lr", "weight") if (v := getattr(args, k)) is not None})
+    torch.manual_seed(args.seed)
+    images, y, _ = load_data(args.dataset, "train", args.data_dir, device)
+    task = Task(images, y, names, factor, values, opts["batch_size"], opts["weight"], flip=args.dataset == "cifar10")
+    alternative = args.alternative or f"class:{task.substitute}"
+    task.alternative_set = alternative_data(alternative, args.alt_size, images, y, names, factor, values)
+    folder = run_folder(args.out, Path("runs", args.dataset, f"{args.method}-{FACTORS[factor]}{'-'.join(map(str, values))}"))
+    what = ", ".join(f"{v} ({names[factor][v]})" for v in values)
+    print(f"{args.method}: forget {FACTORS[factor]} {what} of {path}; {opts['steps']} steps, batch {opts['batch_size']}, "
+          f"lr {opts['lr']:g}" + (f", alternative {alternative}" if args.method == "dimum" else ""))
+
+    classifier, accuracy = load_classifier(args.dataset, args.data_dir, device)
+    real, _ = balanced(*task.retain_set, max(1, 4500 // len(torch.unique(task.retain_set[1], dim=0))))
+    real_features = in_batches(classifier.features, real)
+    measure = lambda m, label: evaluate(m, classifier, names, factor, values, real_features, args.samples,
+                                        args.sampler_steps, args.guidance, label=label)[0]
+    before = measure(model, "before")
+    labels, layout = show_labels(names)
+    picture = [sample(model, labels, steps=args.sampler_steps, guidance=args.guidance)]
+
+    curve = []
+    if args.method == "retrain":
+        torch.manual_seed(args.seed)
+        model = UNet(model.cfg).to(device, memory_format=torch.channels_last)
+        base = PRETRAIN["paper" if model.cfg.width >= 128 else "small"]
+        options = {**base, "steps": opts["steps"], "batch_size": opts["batch_size"], "lr": opts["lr"]}
+        model, log = train(model, *task.retain_set, flip=task.flip, state_file=folder / "train.pt", label="retrain", **options)
+    else:
+        def observe(step):
+            m = measure(model, f"step {step}")
+            curve.append({"step": step, "ua": m["ua"], "fid": m["fid"]})
+        log = run_method(args.method, model, task, opts["steps"], opts["lr"], observe, args.eval_every)
+    trained = time.time()
+
+    after = measure(model, "after")
+    picture.append(sample(model, labels, steps=args.sampler_steps, guidance=args.guidance))
+    rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
+    save_grid(torch.cat(picture), folder / "samples.png", **{**layout, "rows": rows})
+    forgotten = {**info.get("forgotten", {})}
+    forgotten[FACTORS[factor]] = sorted({*forgotten.get(FACTORS[factor], []), *values})
+    made_by = {"stage": "unlearn", "method": args.method, "from": str(path), "seed": args.seed, **opts}
+    save_checkpoint(folder / "model.pt", model, {"dataset": args.dataset, "names": names, "forgotten": forgotten,
+                                                 "made_by": made_by})
+    write_csv(folder / "log.csv", log)
+    if curve:
+        xs = [r["step"] for r in curve]
+        save_plot(folder / "fid.png", {"FID": (xs, [r["fid"] for r in curve])}, f"{args.method}: FID of retained conditions",
+                  "step", "FID (classifier features)")
+        write_csv(folder / "curve.csv", curve)
+    write_json(folder / "result.json", {
+        "stage": "unlearn", "dataset": args.dataset, "method": args.method,
+        "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
+        "before": before, "after": after, "curve": curve, "ckpt": str(path),
+        "alternative": alternative if args.method == "dimum" else None,
+        "protocol": protocol(args.dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance, 1234,
+                             args.seed),
+        "args": vars(args), **opts, "train_seconds": round(trained - started, 1),
+        "seconds": round(time.time() - started, 1)})
+    show(before, after)
+    n, m = after["ua_samples"], after["ira_samples"]
+    print(f"({n} + {m} samples, {args.sampler_steps} DDIM steps, guidance {args.guidance:g}, seed {args.seed}; 95 % intervals)\n"
+          f"wrote {folder}/model.pt, result.json and samples.png in {time.time() - started:.0f} seconds\n"
+          f"next: python attack.py {folder}")
+
+
+if __name__ == "__main__":
+    main()
