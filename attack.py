@@ -159,7 +159,7 @@ def make_table(folder):
     for path, r in unlearned:
         found = []
         for attack_path, a in attacks:
-            if Path(a["run"]).resolve() == path.resolve() or (a["run_name"] == path.name and a["dataset"] == r["dataset"]):
+            if a["run_name"] == path.name and a["dataset"] == r["dataset"]:
                 shown.add(attack_path)
                 end = a["curve"][-1]
                 value = irreversibility(a["curve"], curves("retrain", a), curves("original", a))

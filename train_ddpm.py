@@ -31,7 +31,7 @@ DEFAULTS = {
     "small": dict(steps=16000, batch_size=32, lr=2e-3, ema=0.999, warmup=500, cosine=True),
     "paper": dict(steps=800000, batch_size=128, lr=2e-4, ema=0.9999, warmup=0, cosine=False),
 }
-FEWER_STEPS = {"fashion": 5000}                 # of the small preset
+FEWER_STEPS = {"fashion": 3000}                 # of the small preset
 DATASETS = ("shapes", "fashion", "cifar10")
 
 
@@ -239,7 +239,7 @@ def train(model, images, y, steps, batch_size, lr, ema, warmup, cosine, flip=Fal
     averaged.load_state_dict(model.state_dict())
     averaged.requires_grad_(False).eval()
     optimizer = torch.optim.Adam(params, lr, fused=True)
-    first, log, saved, recent = 0, [], time.time(), []
+    first, log, saved, recent, began = 0, [], time.time(), [], time.time()
     if resume:
         state = read_file(state_file, "training")
         if state["steps"] != steps or state["batch_size"] != batch_size or state["lr"] != lr:
@@ -249,6 +249,7 @@ def train(model, images, y, steps, batch_size, lr, ema, warmup, cosine, flip=Fal
         averaged.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         first, log = state["step"], state["log"]
+        began -= log[-1]["seconds"] if log else 0          # the time spent before the interruption counts
         torch.set_rng_state(state["rng"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -283,7 +284,7 @@ def train(model, images, y, steps, batch_size, lr, ema, warmup, cosine, flip=Fal
                 recent = []
                 if not math.isfinite(mean):
                     fail(f"the loss is {mean} at step {step + 1}; start again with a smaller --lr than {lr:g}")
-                log.append({"step": step + 1, "loss": round(mean, 6)})
+                log.append({"step": step + 1, "loss": round(mean, 6), "seconds": round(time.time() - began, 1)})
             bar.step(f"loss {log[-1]['loss'] if log else math.nan:.4f}")
             if preview and (step + 1) % max(steps // 10, 1) == 0:
                 preview(averaged)
@@ -335,15 +336,10 @@ def import_public(path, dataset, names):
     if len(classes) != len(names[0]):
         fail(f"{path} has {len(classes)} classes, {dataset} has {len(names[0])}")
     model = UNet(make_config("paper", 32, 3, (len(classes),)))
-    wrong = model.load_state_dict(weights, strict=False) if shapes_fit(model, weights) else None
-    if wrong is None or wrong.missing_keys or wrong.unexpected_keys:
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         fail(f"{path} is not the CIFAR-10 network of the public code: its layers differ from the paper preset")
+    model.load_state_dict(weights)
     return model
-
-
-def shapes_fit(model, weights):
-    own = model.state_dict()
-    return all(k not in own or own[k].shape == v.shape for k, v in weights.items())
 
 
 # ---- command line ----------------------------------------------------------------------------------------------
@@ -372,7 +368,8 @@ def show_labels(names, per_cell=1):
     """Labels and layout for a picture: a column per class; a row per style, or four rows where there are none."""
     y = all_labels(names, per_cell if len(names) > 1 else 4 * per_cell)
     order = y.view(len(names[0]), -1, len(names)).transpose(0, 1).reshape(-1, len(names))
-    return order, dict(columns=len(names[0]), heads=[n[:9] for n in names[0]], rows=[n for n in names[1] for _ in range(per_cell)] if len(names) > 1 else ())
+    rows = [n for n in names[1] for _ in range(per_cell)] if len(names) > 1 else ()
+    return order, dict(columns=len(names[0]), heads=[n[:9] for n in names[0]], rows=rows)
 
 
 def exclude(images, y, values):
@@ -402,7 +399,9 @@ def main():
         opts["steps"] = FEWER_STEPS.get(args.dataset, opts["steps"])
     opts.update({k: v for k in ("steps", "batch_size", "lr") if (v := getattr(args, k)) is not None})
 
-    started, names = time.time(), label_names(args.dataset)
+    if args.import_file and args.dataset != "cifar10":
+        fail("--import converts CIFAR-10 networks; add --dataset cifar10")
+    names = label_names(args.dataset)
     gone = {i: sorted({find_value(v, names[i], f"exclude-{FACTORS[i]}") for v in values})
             for i, values in enumerate((args.exclude_cls, args.exclude_style)) if values and check_factor(i, names)}
     what = "import" if args.import_file else "pretrain"
@@ -430,7 +429,7 @@ def main():
                            resume=args.resume, preview=preview, **opts)
 
     info = {"dataset": args.dataset, "names": names, "forgotten": {FACTORS[i]: v for i, v in gone.items()},
-            "made_by": {"stage": what, "seed": args.seed, **opts}}
+            "made_by": {"stage": what, "method": "retrain" if gone else "original", "seed": args.seed, **opts}}
     save_checkpoint(folder / "model.pt", model.to(device), info, half=preset == "small")
     save_grid(sample(model, labels, args.sampler_steps, guidance=args.guidance, label="samples"),
               folder / "samples.png", **layout)
@@ -441,9 +440,9 @@ def main():
     write_json(folder / "result.json", {
         "stage": "pretrain", "dataset": args.dataset, "method": what, "excluded": info["forgotten"],
         "protocol": {"sampler": "ddim", "sampler_steps": args.sampler_steps, "guidance": args.guidance, "seed": args.seed},
-        "args": vars(args), "seconds": round(time.time() - started, 1), "steps": opts["steps"],
+        "args": vars(args), "seconds": log[-1]["seconds"] if log else 0, "steps": opts["steps"],
         "final_loss": log[-1]["loss"] if log else None})
-    print(f"wrote {folder}/model.pt and samples.png in {(time.time() - started) / 60:.1f} minutes\n"
+    print(f"wrote {folder}/model.pt and samples.png; {(log[-1]['seconds'] if log else 0) / 60:.1f} minutes of training\n"
           f"next: python unlearn.py --method dimum --cls 1 --dataset {args.dataset} --ckpt {folder}/model.pt")
 
 

@@ -22,7 +22,7 @@ from model import (FACTORS, Parser, Progress, UNet, add_noise, antithetic_times,
                    fail, guided_output, load_checkpoint, number, pick_device, run_folder, sample, save_checkpoint, save_grid,
                    save_plot, write_csv, write_json)
 from train_ddpm import (DEFAULTS as PRETRAIN, check_factor, common_flags, dataset_flag, exclude, find_value, get_batch,
-                        load_data, show_labels, train)
+                        learning_rate, load_data, show_labels, train)
 
 # cifar10: each method's own paper or public configuration. small: found for the small network on shapes (and used for
 # fashion). `weight` multiplies the term named in the method's docstring.
@@ -37,7 +37,7 @@ DEFAULTS = {
         "retrain": dict(steps=800000, batch_size=128, lr=2e-4, weight=1.0),
     },
     "small": {
-        "dimum": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
+        "dimum": dict(steps=150, batch_size=32, lr=1e-3, weight=1.0),
         "salun": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
         "sfron": dict(steps=100, batch_size=32, lr=3e-4, weight=10.0),
         "ga": dict(steps=100, batch_size=32, lr=3e-4, weight=0.05),
@@ -240,10 +240,11 @@ def finetune(model, task, update):
 METHODS = {"dimum": dimum, "salun": salun, "sfron": sfron, "ga": ga, "rl": rl, "finetune": finetune}
 
 
-def run_method(method, model, task, steps, lr, observe=None, every=0):
+def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=False):
     """`steps` steps of a method from METHODS on the model, in place. Returns log rows. observe(step) every `every`.
 
-    Adam, clipping at norm 1 and no EMA, as in the public SalUn code.
+    Adam, clipping at norm 1 and no EMA, as in the public SalUn code. Its learning rate is constant; cosine lets it fall
+    to 0, which undoes in few steps what a high rate costs in quality.
     """
     params = list(model.parameters())
     optimizer = torch.optim.Adam(params, lr)
@@ -269,6 +270,7 @@ def run_method(method, model, task, steps, lr, observe=None, every=0):
         observe(0)
     for step in range(steps):
         task.progress = step / steps
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, 0, cosine)
         loss = METHODS[method](model, task, update)
         if bar.due() or (step + 1) % max(steps // 100, 1) == 0:
             value = loss.item()
@@ -324,6 +326,7 @@ def main():
     parser = Parser(__doc__)
     group = common_flags(parser, 240, "images per evaluation, a third of them under the forgotten condition", 20)
     dataset_flag(group)
+    group.add_argument("--resume", action="store_true", help="go on with an interrupted --method retrain")
     group = parser.add_argument_group("unlearning")
     group.add_argument("--method", choices=[*METHODS, "retrain"], default="dimum", help="how to unlearn")
     group.add_argument("--cls", nargs="+", metavar="K", help="classes to forget, by number or name")
@@ -337,6 +340,8 @@ def main():
     group.add_argument("--eval-every", type=number(int, 1), metavar="N", help="log UA and FID every N steps, in fid.png")
     args = parser.parse_args()
     started, device = time.time(), pick_device(args.device)
+    if args.resume and args.method != "retrain":
+        fail("--resume is for --method retrain; the other methods take minutes: start them again")
 
     path = Path(args.ckpt) if args.ckpt else find_checkpoint(args.dataset)
     model, info = load_checkpoint(path, device)
@@ -351,7 +356,8 @@ def main():
     task = Task(images, y, names, factor, values, opts["batch_size"], opts["weight"], flip=args.dataset == "cifar10")
     alternative = args.alternative or f"class:{task.substitute}"
     task.alternative_set = alternative_data(alternative, args.alt_size, images, y, names, factor, values)
-    folder = run_folder(args.out, Path("runs", args.dataset, f"{args.method}-{FACTORS[factor]}{'-'.join(map(str, values))}"))
+    folder = run_folder(args.out, Path("runs", args.dataset, f"{args.method}-{FACTORS[factor]}{'-'.join(map(str, values))}"),
+                        keep=args.resume)
     what = ", ".join(f"{v} ({names[factor][v]})" for v in values)
     print(f"{args.method}: forget {FACTORS[factor]} {what} of {path}; {opts['steps']} steps, batch {opts['batch_size']}, "
           f"lr {opts['lr']:g}" + (f", alternative {alternative}" if args.method == "dimum" else ""))
@@ -365,19 +371,21 @@ def main():
     labels, layout = show_labels(names)
     picture = [sample(model, labels, steps=args.sampler_steps, guidance=args.guidance)]
 
-    curve = []
+    curve, training_began = [], time.time()
     if args.method == "retrain":
         torch.manual_seed(args.seed)
         model = UNet(model.cfg).to(device, memory_format=torch.channels_last)
         base = PRETRAIN["paper" if model.cfg.width >= 128 else "small"]
         options = {**base, "steps": opts["steps"], "batch_size": opts["batch_size"], "lr": opts["lr"]}
-        model, log = train(model, *task.retain_set, flip=task.flip, state_file=folder / "train.pt", label="retrain", **options)
+        model, log = train(model, *task.retain_set, flip=task.flip, state_file=folder / "train.pt", resume=args.resume,
+                           label="retrain", **options)
     else:
         def observe(step):
             m = measure(model, f"step {step}")
             curve.append({"step": step, "ua": m["ua"], "fid": m["fid"]})
-        log = run_method(args.method, model, task, opts["steps"], opts["lr"], observe, args.eval_every)
-    trained = time.time()
+        log = run_method(args.method, model, task, opts["steps"], opts["lr"], observe, args.eval_every,
+                         cosine=model.cfg.width < 128)
+    seconds = log[-1]["seconds"] if args.method == "retrain" and log else time.time() - training_began
 
     after = measure(model, "after")
     picture.append(sample(model, labels, steps=args.sampler_steps, guidance=args.guidance))
@@ -401,7 +409,7 @@ def main():
         "alternative": alternative if args.method == "dimum" else None,
         "protocol": protocol(args.dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance, 1234,
                              args.seed),
-        "args": vars(args), **opts, "train_seconds": round(trained - started, 1),
+        "args": vars(args), **opts, "train_seconds": round(seconds, 1),
         "seconds": round(time.time() - started, 1)})
     show(before, after)
     n, m = after["ua_samples"], after["ira_samples"]
