@@ -7,9 +7,9 @@
     python attack.py assets/shapes.pt --cls 1                    # the original model: the curve's ceiling
     python attack.py --table runs/shapes                         # every result in one table and one picture
 
-Threat model: the attacker holds the unlearned weights and knows how conditions are passed. It has no image of what was
-forgotten. It trains with the ordinary diffusion loss on auxiliary data, and after every --every steps the forgotten
-condition is sampled: AR is the share of samples in which the classifier recognises the forgotten value.
+Threat model: the attacker holds the unlearned weights and knows how conditions are passed. It has no image of what
+was forgotten. It trains with the ordinary diffusion loss on auxiliary data, and after every --every steps the
+forgotten condition is sampled: AR is the share of samples in which the classifier recognises the forgotten value.
 """
 import json
 import math
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fid import balanced, evaluate, in_batches, load_classifier, percent, protocol
+from fid import balanced, evaluate, find_images, in_batches, load_classifier, percent, protocol
 from model import (FACTORS, Parser, Progress, diffusion_loss, fail, load_checkpoint, null_label, number, pick_device,
-                   run_folder, sample, save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_file, write_json)
+                   run_folder, sample, save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_file,
+                   write_json)
 from train_ddpm import all_labels, common_flags, exclude, get_batch, load_data, show_labels
 from unlearn import find_forgotten
 
@@ -58,7 +59,7 @@ def auxiliary_set(aux, model, dataset, data_dir, device, names, gone, generated=
 def read_labelled_folder(folder, model, names):
     """Images under a folder, resized to the model's size, with labels from the names of the folders above them; an
     image whose folders do not name every factor gets the null label."""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+    paths = find_images(folder)
     if not paths:
         fail(f"--aux {folder} is neither retain, heldout nor generated, nor a folder with images in it")
     size, null, images, labels = model.cfg.image_size, null_label(model).cpu(), [], []
@@ -115,6 +116,11 @@ def curve_point(step, metrics):
             **{k: metrics[k] for k in ("ira", "ira_low", "ira_high", "cra", "fid")}}
 
 
+def columns(curve, *keys):
+    """The lists of these values along a curve."""
+    return tuple([point[k] for point in curve] for k in keys)
+
+
 # ---- the table -------------------------------------------------------------------------------------------------
 
 def area(curve):
@@ -146,34 +152,33 @@ def make_table(folder):
     unlearned = [(p, r) for p, r in results if r.get("stage") == "unlearn"]
     attacks = [(p, r) for p, r in results if r.get("stage") == "attack"]
     if not unlearned and not attacks:
-        fail(f"no results of unlearn.py or attack.py under {folder}; run 'python unlearn.py --method dimum --cls 1' first")
+        fail(f"no results of unlearn.py or attack.py under {folder}; run 'python unlearn.py --cls 1' first")
 
     def curves(method, like):
-        return next((r["curve"] for _, r in attacks if r["method"] == method and r["dataset"] == like["dataset"] and
-                     r["forget"] == like["forget"] and r["aux"] == like["aux"]), None)
-    head = ("run", "forgets", "steps", "seconds", "UA", "IRA", "CRA", "FID before", "FID after", "AR after attack", "irreversibility")
+        same = ("dataset", "forget", "aux")
+        return next((r["curve"] for _, r in attacks if r["method"] == method and all(r[k] == like[k] for k in same)), None)
+    head = ("run", "forgets", "steps", "seconds", "UA", "IRA", "CRA", "FID before", "FID after", "AR after attack",
+            "irreversibility")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     shown = set()
     share = lambda m, k: "-" if m.get(k) is None else f"{100 * m[k]:.1f}"
+    final = lambda a: "{aux}: {ar:.0f} [{ar_low:.0f}, {ar_high:.0f}] after {step}".format(
+        aux=a["aux"], step=a["curve"][-1]["step"], **{k: 100 * a["curve"][-1][k] for k in ("ar", "ar_low", "ar_high")})
     fid = lambda m: "-" if m.get("fid") is None else f"{m['fid']:.2f}"
     for path, r in unlearned:
         found = []
         for attack_path, a in attacks:
             if a["run_name"] == path.name and a["dataset"] == r["dataset"]:
                 shown.add(attack_path)
-                end = a["curve"][-1]
                 value = irreversibility(a["curve"], curves("retrain", a), curves("original", a))
-                found.append((f"{a['aux']}: {100 * end['ar']:.0f} [{100 * end['ar_low']:.0f}, {100 * end['ar_high']:.0f}] "
-                              f"after {end['step']}", "-" if value is None else f"{value:.2f}"))
+                found.append((final(a), "-" if value is None else f"{value:.2f}"))
         lines.append("| " + " | ".join((
             path.name, " ".join(r["forget"]["names"]), str(r["steps"]), f"{r['train_seconds']:.0f}",
-            share(r["after"], "ua"), share(r["after"], "ira"), share(r["after"], "cra"), fid(r["before"]), fid(r["after"]),
+            *(share(r["after"], k) for k in ("ua", "ira", "cra")), fid(r["before"]), fid(r["after"]),
             "; ".join(f for f, _ in found) or "-", "; ".join(v for _, v in found) or "-")) + " |")
     for path, a in attacks:
         if path not in shown:
-            end = a["curve"][-1]
-            lines.append(f"| {path.name} | {' '.join(a['forget']['names'])} | - | - | - | - | - | - | - | {a['aux']}: "
-                         f"{100 * end['ar']:.0f} [{100 * end['ar_low']:.0f}, {100 * end['ar_high']:.0f}] after {end['step']} | - |")
+            lines.append(f"| {path.name} | {' '.join(a['forget']['names'])} |" + " - |" * 7 + f" {final(a)} | - |")
     some = next(iter([r for _, r in unlearned] or [r for _, r in attacks]))
     notes = some["protocol"]
     lines += ["", f"Shares in %, AR with its 95 % Wilson interval. Dataset {notes['dataset']}; {notes['forget_samples']} + "
@@ -184,8 +189,8 @@ def make_table(folder):
     write_file(Path(folder, "table.md"), lambda p: p.write_text(text + "\n"))
     print(text + f"\n\nwrote {folder}/table.md")
     if attacks:
-        series = {f"{a['run_name']} {a['aux']}": ([p["step"] for p in a["curve"]], *([p[k] for p in a["curve"]]
-                  for k in ("ar", "ar_low", "ar_high"))) for _, a in attacks}
+        series = {f"{a['run_name']} {a['aux']}": columns(a["curve"], "step", "ar", "ar_low", "ar_high")
+                  for _, a in attacks}
         save_plot(Path(folder, "attack_curves.png"), series, "AR under DiMRA", "attack step", "AR", (0, 1))
         print(f"wrote {folder}/attack_curves.png")
 
@@ -198,8 +203,9 @@ def main():
     common_flags(parser, 120, "images per point of the curve, a third of them under the forgotten condition", 20)
     group = parser.add_argument_group("attack")
     group.add_argument("--aux", default="retain", help="auxiliary data: retain, heldout, generated, or a folder")
-    group.add_argument("--every", type=number(int, 1), metavar="N", help="steps between points of the curve; default a quarter")
-    group.add_argument("--cls", nargs="+", metavar="K", help="count this class instead of what RUN says was forgotten")
+    group.add_argument("--every", type=number(int, 1), metavar="N",
+                       help="steps between points of the curve; default a quarter of --steps")
+    group.add_argument("--cls", nargs="+", metavar="K", help="count this class, not what RUN says was forgotten")
     group.add_argument("--style", nargs="+", metavar="K", help="the same for a style")
     group.add_argument("--table", metavar="DIR", help="gather every result under DIR and stop")
     args = parser.parse_args()
@@ -219,19 +225,22 @@ def main():
         values = info["forgotten"][FACTORS[factor]]
     else:
         fail(f"{path} has forgotten nothing; say what to count with --cls or --style, such as --cls 1")
-    gone = {i: info.get("forgotten", {}).get(f, []) for i, f in enumerate(FACTORS) if info.get("forgotten", {}).get(f)}
+    gone = {i: info["forgotten"][f] for i, f in enumerate(FACTORS) if info.get("forgotten", {}).get(f)}
     gone[factor] = sorted({*gone.get(factor, []), *values})
     method = info["made_by"].get("method", "original")
     opts = dict(DEFAULTS["cifar10" if model.cfg.width >= 128 else "small"])
     opts.update({k: v for k in ("steps", "batch_size", "lr") if (v := getattr(args, k)) is not None})
     opts["every"] = args.every or (max(1, opts["steps"] // 4) if args.steps else opts["every"])
-    run_name = path.parent.name if path.name == "model.pt" else f"original-{FACTORS[factor]}{'-'.join(map(str, values))}"
+    run_name = path.parent.name
+    if method == "original":
+        run_name = f"original-{FACTORS[factor]}{'-'.join(map(str, values))}"
     aux_name = args.aux if args.aux in ("retain", "heldout", "generated") else Path(args.aux).name
     torch.manual_seed(args.seed)
     images, y = auxiliary_set(args.aux, model, dataset, args.data_dir, device, names, gone)
     folder = run_folder(args.out, Path("runs", dataset, f"attack-{run_name}-{aux_name}"))
-    print(f"DiMRA on {path}: {len(images)} auxiliary images ({args.aux}), {opts['steps']} steps, batch {opts['batch_size']}, "
-          f"lr {opts['lr']:g}; counting {FACTORS[factor]} {', '.join(names[factor][v] for v in values)}")
+    print(f"DiMRA on {path}: {len(images)} auxiliary images ({args.aux}), {opts['steps']} steps, batch "
+          f"{opts['batch_size']}, lr {opts['lr']:g}; counting {FACTORS[factor]} "
+          f"{', '.join(names[factor][v] for v in values)}")
 
     classifier, accuracy = load_classifier(dataset, args.data_dir, device)
     kept, kept_y, _ = load_data(dataset, "train", args.data_dir, device)
@@ -255,16 +264,17 @@ def main():
                 flip=dataset == "cifar10")
     rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
     save_grid(torch.cat([picture[0], picture[-1]]), folder / "samples.png", **{**layout, "rows": rows})
-    save_checkpoint(folder / "model.pt", model, {"dataset": dataset, "names": names, "forgotten": info.get("forgotten", {}),
-                                                 "made_by": {"stage": "attack", "method": method, "from": str(path), **opts}})
+    save_checkpoint(folder / "model.pt", model, {
+        "dataset": dataset, "names": names, "forgotten": {FACTORS[i]: v for i, v in gone.items()},
+        "made_by": {"stage": "attack", "method": method, "from": str(path), **opts}})
     write_csv(folder / "log.csv", log)
     write_csv(folder / "curve.csv", curve)
-    xs = [p["step"] for p in curve]
-    save_plot(folder / "curve.png", {"AR (comes back)": (xs, *([p[k] for p in curve] for k in ("ar", "ar_low", "ar_high"))),
-                                     "IRA (quality kept)": (xs, *([p[k] for p in curve] for k in ("ira", "ira_low", "ira_high")))},
+    save_plot(folder / "curve.png", {"AR (comes back)": columns(curve, "step", "ar", "ar_low", "ar_high"),
+                                     "IRA (quality kept)": columns(curve, "step", "ira", "ira_low", "ira_high")},
               f"DiMRA on {run_name}, aux {aux_name}", "attack step", "share", (0, 1))
     write_json(folder / "result.json", {
-        "stage": "attack", "dataset": dataset, "method": method, "run": str(path.parent), "run_name": run_name, "aux": aux_name,
+        "stage": "attack", "dataset": dataset, "method": method, "run": str(path.parent), "run_name": run_name,
+        "aux": aux_name,
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
         "before": seen[0], "after": seen[-1], "curve": curve,
         "first_step_above_half": next((p["step"] for p in curve if p["ar"] > 0.5), None),

@@ -43,7 +43,8 @@ class Classifier(nn.Module):
     def __init__(self, channels, classes, width):
         super().__init__()
         self.args = dict(channels=channels, classes=list(classes), width=width)
-        block = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+        block = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b),
+                                                   nn.ReLU())
         w = width
         self.body = nn.Sequential(block(channels, w, 1), block(w, 2 * w, 2), block(2 * w, 2 * w, 1),
                                   block(2 * w, 4 * w, 2), block(4 * w, 4 * w, 1), block(4 * w, 4 * w, 2))
@@ -274,9 +275,15 @@ def percent(metrics, name):
 
 # ---- command line ----------------------------------------------------------------------------------------------
 
+def find_images(folder):
+    """The sorted paths of all image files under a folder."""
+    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds)
+
+
 def read_folder(folder):
     """All images under a folder as uint8 (N, 3, H, W); all must have one size."""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+    paths = find_images(folder)
     if len(paths) < 2:
         fail(f"{folder} holds {len(paths)} images; FID needs at least two (.png, .jpg, .bmp, .webp)")
     images = []
@@ -306,9 +313,10 @@ def images_from(source, args, device):
         fail(f"{path} draws {info['dataset']}; add --dataset {info['dataset']}")
     y = all_labels(names, max(1, args.samples // cells))
     x = sample(model, y, steps=args.sampler_steps, guidance=args.guidance, sampler=args.sampler, seed=args.seed,
-               label=path.parent.name or "samples")
-    steps = "" if args.sampler == "ddpm" else f"{args.sampler_steps} "
-    return to_uint8(x).cpu(), y, f"samples, {steps}{args.sampler.upper()} steps, guidance {args.guidance:g}, seed {args.seed}"
+               label="samples")
+    steps = 1000 if args.sampler == "ddpm" else args.sampler_steps
+    how = f"samples, {steps} {args.sampler.upper()} steps, guidance {args.guidance:g}, seed {args.seed}"
+    return to_uint8(x).cpu(), y, how
 
 
 def main():

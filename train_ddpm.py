@@ -156,7 +156,8 @@ def download(dataset, data_dir, split, files):
         return dataset(data_dir, train=split == "train", download=True)
     except (RuntimeError, OSError) as e:
         fail(f"{dataset.__name__} is not in '{data_dir}' and cannot be downloaded "
-             f"({(str(e).splitlines() or ['no reason given'])[0]}); put {files} there, or name their folder with --data-dir")
+             f"({(str(e).splitlines() or ['no reason given'])[0]}); put {files} there, or name their folder with "
+             "--data-dir")
 
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -292,7 +293,8 @@ def train(model, images, y, steps, batch_size, lr, ema, warmup, cosine, flip=Fal
                 save_state(step + 1)
                 saved = time.time()
             if stop:
-                print(f"\nstopped after step {step + 1}" + ("; go on with the same command and --resume" if state_file else ""))
+                how = "; go on with the same command and --resume" if state_file else ""
+                print(f"\nstopped after step {step + 1}{how}")
                 raise SystemExit(130)
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -324,9 +326,9 @@ def import_public(path, dataset, names):
         for pattern, ours in ((r"^temb\.dense\.0", "time_mlp.0"), (r"^temb\.dense\.1", "time_mlp.2"),
                               (r"^cemb\.dense\.0", "label_mlps.0.0"), (r"^cemb\.dense\.1", "label_mlps.0.2"),
                               (r"\.block\.", ".blocks."), (r"\.attn\.", ".attns."),
-                              (r"\.(down|up)sample\.conv\.", ".resample."), (r"^mid\.", "mid_"), (r"mid_block_", "mid_block"),
-                              (r"mid_attn_1", "mid_attn"), (r"temb_cemb_proj", "emb"), (r"nin_shortcut", "shortcut"),
-                              (r"proj_out", "proj")):
+                              (r"\.(down|up)sample\.conv\.", ".resample."), (r"^mid\.block_", "mid_block"),
+                              (r"^mid\.attn_1", "mid_attn"), (r"temb_cemb_proj", "emb"),
+                              (r"nin_shortcut", "shortcut"), (r"proj_out", "proj")):
             key = re.sub(pattern, ours, key)
         weights[key] = value
     if "classes_emb.weight" not in theirs or "null_classes_emb" not in theirs:
@@ -351,7 +353,7 @@ def common_flags(parser, samples, samples_help, sampler_steps):
     group.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="same seed, same weights (on a CPU)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--out", metavar="DIR", help="run folder; default runs/<dataset>/<what>")
-    group.add_argument("--steps", type=number(int, 0), help="optimiser steps; the default depends on the method and dataset")
+    group.add_argument("--steps", type=number(int, 0), help="optimiser steps; default by method and dataset")
     group.add_argument("--batch-size", type=number(int, 1, 65536), help="examples per step; default likewise")
     group.add_argument("--lr", type=number(float, 0, 10), help="learning rate; default likewise")
     group.add_argument("--samples", type=number(int, 1, 10 ** 6), default=samples, help=samples_help)
@@ -439,10 +441,12 @@ def main():
                   f"{args.dataset}: training loss", "step", "loss")
     write_json(folder / "result.json", {
         "stage": "pretrain", "dataset": args.dataset, "method": what, "excluded": info["forgotten"],
-        "protocol": {"sampler": "ddim", "sampler_steps": args.sampler_steps, "guidance": args.guidance, "seed": args.seed},
+        "protocol": {"sampler": "ddim", "sampler_steps": args.sampler_steps, "guidance": args.guidance,
+                     "seed": args.seed},
         "args": vars(args), "seconds": log[-1]["seconds"] if log else 0, "steps": opts["steps"],
         "final_loss": log[-1]["loss"] if log else None})
-    print(f"wrote {folder}/model.pt and samples.png; {(log[-1]['seconds'] if log else 0) / 60:.1f} minutes of training\n"
+    minutes = log[-1]["seconds"] / 60 if log else 0
+    print(f"wrote {folder}/model.pt and samples.png; {minutes:.1f} minutes of training\n"
           f"next: python unlearn.py --method dimum --cls 1 --dataset {args.dataset} --ckpt {folder}/model.pt")
 
 

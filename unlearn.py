@@ -6,8 +6,8 @@
     python unlearn.py --method sfron --cls 1 --eval-every 25     # follow the FID on the way
     python unlearn.py --method dimum --cls 1 --alternative mix --alt-size 50
 
-Methods: dimum (the paper), salun, sfron, ga, rl, finetune, retrain. Leaves runs/<dataset>/<method>-cls1/ with model.pt,
-result.json (UA, IRA, CRA and FID before and after), log.csv and samples.png (above: before, below: after).
+Methods: dimum (the paper), salun, sfron, ga, rl, finetune, retrain. Leaves runs/<dataset>/<method>-cls1/ with
+model.pt, result.json (UA, IRA, CRA and FID before and after), log.csv and samples.png (above: before, below: after).
 """
 import math
 import time
@@ -298,7 +298,8 @@ def find_checkpoint(dataset):
     elif shipped.is_file():
         path = shipped
     if not path.is_file():
-        fail(f"there is no {dataset} model yet; run 'python train_ddpm.py --dataset {dataset}' first, or name one with --ckpt")
+        fail(f"there is no {dataset} model yet; run 'python train_ddpm.py --dataset {dataset}' first, or name one "
+             "with --ckpt")
     return path
 
 
@@ -316,7 +317,8 @@ def find_forgotten(args, names):
 
 def show(before, after):
     """The table of metrics before and after."""
-    for name, title in (("ua", "UA   forgotten"), ("ira", "IRA  same factor kept"), ("cra", "CRA  other factor kept")):
+    titles = {"ua": "UA   forgotten", "ira": "IRA  same factor kept", "cra": "CRA  other factor kept"}
+    for name, title in titles.items():
         print(f"{title:<24} {percent(before, name):>28} -> {percent(after, name)}")
     if before["fid"] is not None:
         print(f"{'FID  (classifier feat.)':<24} {before['fid']:>28.3f} -> {after['fid']:.3f}")
@@ -331,13 +333,13 @@ def main():
     group.add_argument("--method", choices=[*METHODS, "retrain"], default="dimum", help="how to unlearn")
     group.add_argument("--cls", nargs="+", metavar="K", help="classes to forget, by number or name")
     group.add_argument("--style", nargs="+", metavar="K", help="styles to forget, by number or name")
-    group.add_argument("--ckpt", metavar="FILE", help="the model; default the newest pretrained one, else the shipped one")
-    group.add_argument("--lambda", dest="weight", type=number(float, 0, 1e9), help="weight in the method's loss: DiMUM's "
-                       "lambda, SalUn's alpha, SFRon's forget strength; the default depends on the method")
+    group.add_argument("--ckpt", metavar="FILE", help="the model; default the newest one here, else the shipped one")
+    group.add_argument("--lambda", dest="weight", type=number(float, 0, 1e9), metavar="X", help="weight in the "
+                       "method's loss: DiMUM's lambda, SalUn's alpha, SFRon's forget strength; default by method")
     group.add_argument("--alternative", metavar="WHAT", help="DiMUM memorises class:K (default the next one), mix, "
                        "image:PATH or noise")
-    group.add_argument("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N fixed images; default all")
-    group.add_argument("--eval-every", type=number(int, 1), metavar="N", help="log UA and FID every N steps, in fid.png")
+    group.add_argument("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N images; default all")
+    group.add_argument("--eval-every", type=number(int, 1), metavar="N", help="UA and FID every N steps, in fid.png")
     args = parser.parse_args()
     started, device = time.time(), pick_device(args.device)
     if args.resume and args.method != "retrain":
@@ -356,11 +358,11 @@ def main():
     task = Task(images, y, names, factor, values, opts["batch_size"], opts["weight"], flip=args.dataset == "cifar10")
     alternative = args.alternative or f"class:{task.substitute}"
     task.alternative_set = alternative_data(alternative, args.alt_size, images, y, names, factor, values)
-    folder = run_folder(args.out, Path("runs", args.dataset, f"{args.method}-{FACTORS[factor]}{'-'.join(map(str, values))}"),
-                        keep=args.resume)
+    name = f"{args.method}-{FACTORS[factor]}{'-'.join(map(str, values))}"
+    folder = run_folder(args.out, Path("runs", args.dataset, name), keep=args.resume)
     what = ", ".join(f"{v} ({names[factor][v]})" for v in values)
-    print(f"{args.method}: forget {FACTORS[factor]} {what} of {path}; {opts['steps']} steps, batch {opts['batch_size']}, "
-          f"lr {opts['lr']:g}" + (f", alternative {alternative}" if args.method == "dimum" else ""))
+    print(f"{args.method}: forget {FACTORS[factor]} {what} of {path}; {opts['steps']} steps, batch "
+          f"{opts['batch_size']}, lr {opts['lr']:g}" + (f", alternative {alternative}" if args.method == "dimum" else ""))
 
     classifier, accuracy = load_classifier(args.dataset, args.data_dir, device)
     real, _ = balanced(*task.retain_set, max(1, 4500 // len(torch.unique(task.retain_set[1], dim=0))))
@@ -399,21 +401,22 @@ def main():
     write_csv(folder / "log.csv", log)
     if curve:
         xs = [r["step"] for r in curve]
-        save_plot(folder / "fid.png", {"FID": (xs, [r["fid"] for r in curve])}, f"{args.method}: FID of retained conditions",
-                  "step", "FID (classifier features)")
+        save_plot(folder / "fid.png", {"FID": (xs, [r["fid"] for r in curve])},
+                  f"{args.method}: FID of retained conditions", "step", "FID (classifier features)")
         write_csv(folder / "curve.csv", curve)
     write_json(folder / "result.json", {
         "stage": "unlearn", "dataset": args.dataset, "method": args.method,
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
         "before": before, "after": after, "curve": curve, "ckpt": str(path),
         "alternative": alternative if args.method == "dimum" else None,
-        "protocol": protocol(args.dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance, 1234,
-                             args.seed),
+        "protocol": protocol(args.dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance,
+                             1234, args.seed),
         "args": vars(args), **opts, "train_seconds": round(seconds, 1),
         "seconds": round(time.time() - started, 1)})
     show(before, after)
     n, m = after["ua_samples"], after["ira_samples"]
-    print(f"({n} + {m} samples, {args.sampler_steps} DDIM steps, guidance {args.guidance:g}, seed {args.seed}; 95 % intervals)\n"
+    print(f"({n} + {m} samples, {args.sampler_steps} DDIM steps, guidance {args.guidance:g}, seed {args.seed}; "
+          "95 % intervals)\n"
           f"wrote {folder}/model.pt, result.json and samples.png in {time.time() - started:.0f} seconds\n"
           f"next: python attack.py {folder}")
 
