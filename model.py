@@ -60,10 +60,7 @@ PRESETS = {
 
 def make_config(preset, image_size, channels, classes):
     """The preset's UNetConfig for images (channels, image_size, image_size) and these numbers of label values."""
-    cfg = replace(PRESETS[preset], image_size=image_size, channels=channels, classes=tuple(classes))
-    if preset == "small" and image_size > 32:      # one more resolution, so that attention stays at 8 x 8
-        cfg = replace(cfg, mult=cfg.mult + (2,))
-    return cfg
+    return replace(PRESETS[preset], image_size=image_size, channels=channels, classes=tuple(classes))
 
 
 class ResBlock(nn.Module):
@@ -258,7 +255,7 @@ def ddpm_posterior():
 
 def ddim_times(steps):
     """The visited times, largest first, and the one after each (-1 stands for x_0): evenly spaced from 0."""
-    times = list(range(0, T, max(T // steps, 1)))[:steps][::-1]
+    times = [i * T // steps for i in reversed(range(steps))]
     return list(zip(times, times[1:] + [-1]))
 
 

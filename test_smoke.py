@@ -143,6 +143,9 @@ def test_ddim_without_noise_is_deterministic_and_exact():
 def test_ddim_with_full_noise_over_all_steps_has_ddpms_variances():
     _, a = M.linear_schedule()
     assert M.ddim_times(1000)[0] == (999, 998) and M.ddim_times(1000)[-1] == (0, -1)
+    for steps in (1, 7, 50, 600, 1000):
+        times = [t for t, _ in M.ddim_times(steps)]
+        assert len(set(times)) == steps and times[-1] == 0 and times[0] == (steps - 1) * 1000 // steps
     for t in range(1, 1000):
         _, sigma = M.ddim_coefficients(a[t], a[t - 1], eta=1.0)
         assert torch.isclose(sigma ** 2, M.ddpm_posterior()[2][t], rtol=1e-9)
