@@ -24,8 +24,7 @@ from fid import balanced, evaluate, find_images, in_batches, load_classifier, pe
 from model import (FACTORS, Parser, Progress, diffusion_loss, fail, load_checkpoint, null_label, number, pick_device,
                    run_folder, sample, save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_file,
                    write_json)
-from train_ddpm import all_labels, common_flags, exclude, get_batch, load_data, show_labels
-from unlearn import find_forgotten
+from train_ddpm import all_labels, common_flags, exclude, find_forgotten, get_batch, load_data, show_labels
 
 # cifar10: our reading of the paper's setting; small: found on shapes. Steps, batch, learning rate, and the curve's grid.
 DEFAULTS = {"cifar10": dict(steps=5000, batch_size=128, lr=1e-4, every=500),

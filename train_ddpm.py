@@ -218,6 +218,18 @@ def check_factor(factor, names):
     return True
 
 
+def find_forgotten(args, names):
+    """(factor index, values) from --cls or --style; one clear line for anything else."""
+    if bool(args.cls) == bool(args.style):
+        fail("say what to forget: either --cls or --style, by number or name, such as --cls 1")
+    factor = 0 if args.cls else 1
+    check_factor(factor, names)
+    values = sorted({find_value(v, names[factor], FACTORS[factor]) for v in args.cls or args.style})
+    if len(values) >= len(names[factor]):
+        fail(f"--{FACTORS[factor]}: at least one value must remain; name fewer than {len(names[factor])}")
+    return factor, values
+
+
 # ---- training --------------------------------------------------------------------------------------------------
 
 def learning_rate(step, steps, lr, warmup, cosine):

@@ -21,7 +21,7 @@ from fid import balanced, evaluate, in_batches, load_classifier, percent, protoc
 from model import (FACTORS, Parser, Progress, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels,
                    fail, guided_output, load_checkpoint, number, pick_device, run_folder, sample, save_checkpoint, save_grid,
                    save_plot, write_csv, write_json)
-from train_ddpm import (DEFAULTS as PRETRAIN, check_factor, common_flags, dataset_flag, exclude, find_value, get_batch,
+from train_ddpm import (DEFAULTS as PRETRAIN, common_flags, dataset_flag, exclude, find_forgotten, find_value, get_batch,
                         learning_rate, load_data, show_labels, train)
 
 # cifar10: each method's own paper or public configuration. small: found for the small network on shapes (and used for
@@ -302,18 +302,6 @@ def find_checkpoint(dataset):
         fail(f"there is no {dataset} model yet; run 'python train_ddpm.py --dataset {dataset}' first, or name one "
              "with --ckpt")
     return path
-
-
-def find_forgotten(args, names):
-    """(factor index, values) from --cls or --style; one clear line for anything else."""
-    if bool(args.cls) == bool(args.style):
-        fail("say what to forget: either --cls or --style, by number or name, such as --cls 1")
-    factor = 0 if args.cls else 1
-    check_factor(factor, names)
-    values = sorted({find_value(v, names[factor], FACTORS[factor]) for v in args.cls or args.style})
-    if len(values) >= len(names[factor]):
-        fail(f"--{FACTORS[factor]}: at least one value must remain; name fewer than {len(names[factor])}")
-    return factor, values
 
 
 def show(before, after):
