@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fid import balanced, evaluate, find_images, in_batches, load_classifier, percent, protocol
-from model import (FACTORS, Parser, Progress, diffusion_loss, fail, load_checkpoint, null_label, number, pick_device,
-                   run_folder, sample, save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_file,
-                   write_json)
-from train_ddpm import all_labels, common_flags, exclude, find_forgotten, get_batch, load_data, show_labels
+from fid import (balanced, evaluate, find_images, fingerprint, in_batches, load_classifier, percent, pick, protocol)
+from model import (FACTORS, Parser, diffusion_loss, fail, load_checkpoint, number, pick_device, run_folder, run_script,
+                   sample, save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_file, write_json)
+from train_ddpm import Loop, all_labels, common_flags, exclude, find_forgotten, get_batch, load_data, show_labels
 
 # cifar10: our reading of the paper's setting; small: found on shapes. Steps, batch, learning rate, and the curve's grid.
 DEFAULTS = {"cifar10": dict(steps=5000, batch_size=128, lr=1e-4, every=500),
@@ -61,7 +60,7 @@ def read_labelled_folder(folder, model, names):
     paths = find_images(folder)
     if not paths:
         fail(f"--aux {folder} is neither retain, heldout nor generated, nor a folder with images in it")
-    size, null, images, labels = model.cfg.image_size, null_label(model).cpu(), [], []
+    size, null, images, labels = model.cfg.image_size, model.null.cpu(), [], []
     for path in paths:
         try:
             picture = Image.open(path).convert("L" if model.cfg.channels == 1 else "RGB")
@@ -77,36 +76,30 @@ def read_labelled_folder(folder, model, names):
 
 # ---- the attack ------------------------------------------------------------------------------------------------
 
-def dimra(model, images, y, steps, batch_size, lr, observe, every, flip=False):
-    """Fine-tune the model in place with the diffusion loss on the auxiliary set; observe(step) at 0, `every` steps and
-    the end. Returns log rows.
+def dimra(model, images, y, steps, batch_size, lr, observe=None, every=0, flip=False, **keep):
+    """Fine-tune the model in place with the diffusion loss on the auxiliary set. Returns the finished Loop, whose
+    data["curve"] has what observe(step) returned every `every` steps on the way. keep: path, resume, settings of Loop.
 
     Source: DiMRA in Yuan et al. 2512.03564. Its optimiser and learning rate were not at hand: Adam, clipping at norm 1
     and label dropout 0.1 as in pretraining are our reading.
     """
     params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr)
-    bar, log = Progress("attack", steps), []
-    observe(0)
+    optimizer = torch.optim.Adam(params, lr, fused=True)
+    loop = Loop("attack", steps, model=model, optimizer=optimizer, **keep)
+    curve = loop.data.setdefault("curve", [])
     model.train()
-    for step in range(1, steps + 1):
+    for step in loop:
         loss = diffusion_loss(model, *get_batch(images, y, batch_size, flip)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        if bar.due() or step % max(steps // 100, 1) == 0:
-            value = loss.item()
-            if not math.isfinite(value):
-                fail(f"the loss is {value} at step {step}; use a smaller --lr than {lr:g}")
-            log.append({"step": step, "loss": round(value, 6)})
-        bar.step(f"loss {log[-1]['loss'] if log else math.nan:.4f}")
-        if step % every == 0 or step == steps:
-            observe(step)
+        loop.loss = loss.detach()
+        if every and (step + 1) % every == 0 and step + 1 < steps:
+            curve.append(observe(step + 1))
             model.train()
-    bar.close()
     model.eval()
-    return log
+    return loop
 
 
 def curve_point(step, metrics):
@@ -236,7 +229,7 @@ def main():
     aux_name = args.aux if args.aux in ("retain", "heldout", "generated") else Path(args.aux).name
     torch.manual_seed(args.seed)
     images, y = auxiliary_set(args.aux, model, dataset, args.data_dir, device, names, gone)
-    folder = run_folder(args.out, Path("runs", dataset, f"attack-{run_name}-{aux_name}"))
+    folder = run_folder(args.out, Path("runs", dataset, f"attack-{run_name}-{aux_name}"), args.resume)
     print(f"DiMRA on {path}: {len(images)} auxiliary images ({args.aux}), {opts['steps']} steps, batch "
           f"{opts['batch_size']}, lr {opts['lr']:g}; counting {FACTORS[factor]} "
           f"{', '.join(names[factor][v] for v in values)}")
@@ -246,27 +239,29 @@ def main():
     kept, kept_y = exclude(kept, kept_y, gone)
     real, _ = balanced(kept, kept_y, max(1, 4500 // len(torch.unique(kept_y, dim=0))))
     real_features = in_batches(classifier.features, real)
-    curve, picture, seen = [], [], []
+
+    def measure(step, keep=False):
+        metrics, pictures, y_eval = evaluate(model, classifier, names, factor, values, real_features, args.samples,
+                                             args.sampler_steps, args.guidance, label=f"step {step}", keep=keep)
+        point = curve_point(step, metrics)
+        print(f"step {step:>6}: AR {100 * point['ar']:5.1f} % [{100 * point['ar_low']:.1f}, "
+              f"{100 * point['ar_high']:.1f}]   IRA {percent(metrics, 'ira')}   FID {metrics['fid']:.3f}", flush=True)
+        return metrics, point, pick(pictures, y_eval, labels)
     labels, layout = show_labels(names)
+    before, first_point, picture_before = measure(0, keep=True)
+    settings = {"dataset": dataset, "run": run_name, "aux": args.aux, "factor": factor, "values": values,
+                "seed": args.seed, "ckpt": fingerprint(model)[:12], **opts}
+    loop = dimra(model, images, y, opts["steps"], opts["batch_size"], opts["lr"], lambda step: measure(step)[1],
+                 opts["every"], flip=dataset == "cifar10", path=folder / "train.pt", resume=args.resume, settings=settings)
+    after, last_point, picture_after = measure(opts["steps"])
+    curve = [first_point, *loop.data["curve"], last_point]
 
-    def observe(step):
-        metrics, _, _ = evaluate(model, classifier, names, factor, values, real_features, args.samples,
-                                 args.sampler_steps, args.guidance, label=f"step {step}")
-        seen.append(metrics)
-        curve.append(curve_point(step, metrics))
-        print(f"step {step:>6}: AR {100 * curve[-1]['ar']:5.1f} % [{100 * curve[-1]['ar_low']:.1f}, "
-              f"{100 * curve[-1]['ar_high']:.1f}]   IRA {percent(metrics, 'ira')}   FID {metrics['fid']:.3f}", flush=True)
-        if step in (0, opts["steps"]):
-            picture.append(sample(model, labels, steps=args.sampler_steps, guidance=args.guidance))
-
-    log = dimra(model, images, y, opts["steps"], opts["batch_size"], opts["lr"], observe, opts["every"],
-                flip=dataset == "cifar10")
     rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
-    save_grid(torch.cat([picture[0], picture[-1]]), folder / "samples.png", **{**layout, "rows": rows})
+    save_grid(torch.cat([picture_before, picture_after]), folder / "samples.png", **{**layout, "rows": rows})
     save_checkpoint(folder / "model.pt", model, {
         "dataset": dataset, "names": names, "forgotten": {FACTORS[i]: v for i, v in gone.items()},
         "made_by": {"stage": "attack", "method": method, "from": str(path), **opts}})
-    write_csv(folder / "log.csv", log)
+    write_csv(folder / "log.csv", loop.data["log"])
     write_csv(folder / "curve.csv", curve)
     save_plot(folder / "curve.png", {"AR (comes back)": columns(curve, "step", "ar", "ar_low", "ar_high"),
                                      "IRA (quality kept)": columns(curve, "step", "ira", "ira_low", "ira_high")},
@@ -275,15 +270,16 @@ def main():
         "stage": "attack", "dataset": dataset, "method": method, "run": str(path.parent), "run_name": run_name,
         "aux": aux_name,
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
-        "before": seen[0], "after": seen[-1], "curve": curve,
+        "before": before, "after": after, "curve": curve,
         "first_step_above_half": next((p["step"] for p in curve if p["ar"] > 0.5), None),
-        "protocol": protocol(dataset, names, seen[-1], real_features, accuracy, args.sampler_steps, args.guidance, 1234,
+        "protocol": protocol(dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance, 1234,
                              args.seed), "args": vars(args), **opts, "seconds": round(time.time() - started, 1)})
-    print(f"({curve[-1]['step']} attack steps; {seen[-1]['ua_samples']} + {seen[-1]['ira_samples']} samples a point, "
+    (folder / "train.pt").unlink()                 # the run is whole: there is nothing to resume
+    print(f"({curve[-1]['step']} attack steps; {after['ua_samples']} + {after['ira_samples']} samples a point, "
           f"{args.sampler_steps} DDIM steps, guidance {args.guidance:g}; 95 % intervals)\n"
           f"wrote {folder}/result.json, curve.png and samples.png in {time.time() - started:.0f} seconds\n"
           f"next: python attack.py --table runs/{dataset}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,6 +10,7 @@ REAL and FAKE are each a folder of images, a checkpoint (samples are drawn from 
 dataset's real images). FID uses InceptionV3 for two folders, and for the rest the features of the dataset's own
 classifier, which know what matters in it; the two are never comparable, and the output always names the features.
 """
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -21,9 +22,9 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-from model import (FACTORS, Parser, Progress, fail, load_checkpoint, pick_device, read_file, run_folder, sample,
-                   save_grid, to_uint8, write_file, write_json)
-from train_ddpm import all_labels, common_flags, dataset_flag, get_batch, label_names, learning_rate, load_data
+from model import (FACTORS, Parser, Progress, autocast_on, fail, load_checkpoint, load_verified, pick_device, read_file,
+                   run_folder, run_script, sample, save_grid, save_torch, to_uint8, write_json)
+from train_ddpm import Loop, all_labels, common_flags, dataset_flag, get_batch, label_names, learning_rate, load_data
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")          # the name ends with the start of its SHA-256
@@ -75,40 +76,36 @@ def predict(classifier, images):
     return in_batches(lambda x: torch.stack([logits.argmax(1) for logits in classifier(x)], 1), images)
 
 
-def train_classifier(dataset, data_dir, device, seed=0, steps=None, batch_size=128, lr=3e-3):
-    """Train on the train split; returns (classifier, accuracy on the test split per factor). Images are shifted by
-    up to 2 pixels and a little noise is added, so that a generated image's small faults do not decide."""
+def train_classifier(dataset, data_dir, device, seed=0, steps=None, batch_size=128, lr=3e-3, **keep):
+    """Train on the train split; returns (classifier, accuracy on the test split per factor, the Loop). Images are
+    shifted by up to 2 pixels and a little noise is added, so that a generated image's small faults do not decide."""
     torch.manual_seed(seed)
     images, y, names = load_data(dataset, "train", data_dir, device)
     width, default_steps = CLASSIFIER[dataset]
     steps = default_steps if steps is None else steps
     net = Classifier(images.shape[1], [len(n) for n in names], width).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01)
-    bar = Progress("classifier", steps)
-    for step in range(steps):
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
+    settings = dict(dataset=dataset, seed=seed, steps=steps, batch_size=batch_size, lr=lr)
+    loop = Loop("classifier", steps, settings=settings, model=net, optimizer=optimizer, **keep)
+    for step in loop:
         x, labels = get_batch(images, y, batch_size, flip=dataset == "cifar10")
         dx, dy = torch.randint(-2, 3, (2,)).tolist()
         x = x.roll((dx, dy), (2, 3)) + 0.05 * torch.randn_like(x)
         loss = sum(F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(net(x)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, 100, cosine=True)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, 100, cosine=True)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        bar.n = step + 1
-        if bar.due():
-            bar.show(f"loss {loss.item():.3f}")
-    bar.close()
+        loop.loss = loss.detach()
     net.eval()
     x, labels, _ = load_data(dataset, "test", data_dir, device)
-    return net, (predict(net, x) == labels.cpu()).double().mean(0).tolist()
+    return net, (predict(net, x) == labels.cpu()).double().mean(0).tolist(), loop
 
 
 def save_classifier(path, net, dataset, accuracy):
     weights = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    data = {"format": 1, "kind": "classifier", "dataset": dataset, "args": net.args, "accuracy": accuracy,
-            "weights": weights}
-    write_file(path, lambda p: torch.save(data, p))
+    save_torch(path, {"format": 1, "kind": "classifier", "dataset": dataset, "args": net.args, "accuracy": accuracy,
+                      "weights": weights})
 
 
 def load_classifier(dataset, data_dir, device):
@@ -118,12 +115,17 @@ def load_classifier(dataset, data_dir, device):
     path = trained if trained.is_file() else shipped
     if not path.is_file():
         print(f"{dataset} has no classifier yet; training one (kept in {trained})")
-        net, accuracy = train_classifier(dataset, data_dir, device)
+        with torch.random.fork_rng():              # whether there was one already must not change the caller's seed
+            net, accuracy, _ = train_classifier(dataset, data_dir, device)
         save_classifier(trained, net, dataset, accuracy)
         path = trained
     data = read_file(path, "classifier")
-    net = Classifier(**data["args"])
-    net.load_state_dict(data["weights"])
+    try:
+        net = Classifier(**data["args"])
+        net.load_state_dict(data["weights"])
+    except (RuntimeError, TypeError, KeyError) as e:
+        fail(f"{path} does not fit this code's classifier ({str(e).splitlines()[0]}); delete it, or train it again with "
+             f"'python fid.py --train-classifier --dataset {dataset}'")
     return net.float().to(device, memory_format=torch.channels_last).eval(), data["accuracy"]
 
 
@@ -169,7 +171,8 @@ def wilson(hits, n, z=1.96):
 
 
 def inception(weights=None, device="cpu"):
-    """InceptionV3 with FID's weights: a function from images (N, C, H, W) in [-1, 1] to features (N, 2048).
+    """InceptionV3 with FID's weights: a function from images (N, C, H, W) in [-1, 1] to features (N, 2048), and the
+    network itself.
 
     It is pytorch-fid's network: torchvision's with 1,008 outputs, except that the pooling branches leave the padding
     out of their averages, and that the last block takes the maximum instead. Images are resized to 299 x 299
@@ -198,7 +201,34 @@ def inception(weights=None, device="cpu"):
     repool(net.Mixed_7c, lambda x: F.max_pool2d(x, 3, 1, 1))
     net.fc = nn.Identity()
     net = net.to(device).eval()
-    return lambda x: net(F.interpolate(x.to(device).expand(-1, 3, -1, -1), (299, 299), mode="bilinear"))
+    return lambda x: net(F.interpolate(x.to(device).expand(-1, 3, -1, -1), (299, 299), mode="bilinear")), net
+
+
+# ---- nothing twice ---------------------------------------------------------------------------------------------
+
+def fingerprint(*things):
+    """SHA-256 over tensors, networks (their weights) and plain values."""
+    digest = hashlib.sha256()
+    for thing in things:
+        for part in thing.state_dict().values() if isinstance(thing, nn.Module) else [thing]:
+            if isinstance(part, torch.Tensor):
+                digest.update(repr((part.dtype, part.shape)).encode())
+                part = part.detach().cpu().contiguous().numpy().tobytes()
+            digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()
+
+
+def cached(compute, *inputs):
+    """compute()'s tensors and plain values, kept in runs/cache under the fingerprint of all that they depend on:
+    the inputs and the code itself, so that a change of either computes them anew."""
+    code = [Path(__file__).with_name(name).read_bytes() for name in ("model.py", "train_ddpm.py", "fid.py")]
+    path = Path("runs", "cache", f"{fingerprint(*code, *inputs)}.pt")
+    try:
+        return load_verified(path)
+    except ValueError:
+        value = compute()
+        save_torch(path, value, required=False)
+        return value
 
 
 # ---- evaluation of a conditional model -------------------------------------------------------------------------
@@ -251,11 +281,29 @@ def score(images, y, classifier, factor, values, real_features):
 
 
 def evaluate(model, classifier, names, factor, values, real_features, samples=240, steps=20, guidance=2.0, seed=1234,
-             label="evaluation"):
-    """Sample forgotten and retained conditions (DDIM, guided) and score them. Returns (metrics, images, labels)."""
+             label="evaluation", keep=False):
+    """Sample forgotten and retained conditions (DDIM, guided) and score them. Returns (metrics, images uint8, labels).
+    keep: look the answer up if this model has been evaluated like this before, else keep it."""
     y = torch.cat(split_labels(names, factor, values, samples))
-    images = sample(model, y, steps=steps, guidance=guidance, seed=seed, label=label)
-    return score(images, y, classifier, factor, values, real_features), images.cpu(), y
+
+    def compute():
+        images = sample(model, y, steps=steps, guidance=guidance, seed=seed, label=label)
+        return score(images, y, classifier, factor, values, real_features), to_uint8(images).cpu(), y
+    if not keep:
+        return compute()
+    device = model.null.device.type
+    return cached(compute, model, model.cfg, classifier, real_features, y, steps, guidance, seed, factor, values, device,
+                  autocast_on(model.null.device))
+
+
+def pick(images, y, wanted):
+    """For each row of wanted (M, F) one of the images (N, C, H, W) whose label in y (N, F) it is, in turn."""
+    used, index = {}, []
+    for label in wanted.tolist():
+        matches = (y == torch.tensor(label)).all(1).nonzero().flatten()
+        used[tuple(label)] = used.get(tuple(label), -1) + 1
+        index.append(matches[used[tuple(label)] % len(matches)])
+    return images[torch.stack(index)]
 
 
 def protocol(dataset, names, metrics, real_features, accuracy, steps, guidance, seed, train_seed):
@@ -329,25 +377,28 @@ def main():
                        "else the dataset's classifier")
     group.add_argument("--inception-weights", metavar="FILE", help="pytorch-fid's weights, if there is no network")
     group.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="for checkpoints")
-    group.add_argument("--train-classifier", action="store_true", help="train the dataset's classifier and stop")
+    group.add_argument("--train-classifier", action="store_true", help="train the dataset's classifier and stop "
+                       "(--steps, --batch-size, --lr and --resume are for this)")
     args = parser.parse_args()
     device, started = pick_device(args.device), time.time()
 
     if args.train_classifier:
-        folder = run_folder(args.out, Path("runs") / args.dataset / "classifier")
+        folder = run_folder(args.out, Path("runs") / args.dataset / "classifier", args.resume)
         options = {k: v for k in ("steps", "batch_size", "lr") if (v := getattr(args, k)) is not None}
-        net, accuracy = train_classifier(args.dataset, args.data_dir, device, args.seed, **options)
+        net, accuracy, loop = train_classifier(args.dataset, args.data_dir, device, args.seed, **options,
+                                               path=folder / "train.pt", resume=args.resume)
         save_classifier(folder / "model.pt", net, args.dataset, accuracy)
         x, y, names = load_data(args.dataset, "test", args.data_dir, device)
         wrong = (predict(net, x) != y.cpu()).any(1).nonzero()[:40, 0]
         save_grid(x[wrong if len(wrong) else slice(0, 40)], folder / "samples.png", columns=10)
         write_json(folder / "result.json", {
             "stage": "classifier", "dataset": args.dataset, "accuracy": dict(zip(FACTORS, accuracy)), "args": vars(args),
-            "protocol": {"split": "test", "images": len(x), "seed": args.seed}, "steps": options.get("steps") or
-            CLASSIFIER[args.dataset][1], "seconds": round(time.time() - started, 1)})
+            "protocol": {"split": "test", "images": len(x), "seed": args.seed}, "steps": loop.steps,
+            "seconds": loop.data["seconds"]})
         print("accuracy on the test split: " + ", ".join(f"{f} {100 * a:.2f} %" for f, a in zip(FACTORS, accuracy)))
         print(f"wrote {folder}/model.pt, and samples.png with images it gets wrong\n"
-              f"next: python fid.py test assets/shapes.pt --dataset {args.dataset}")
+              f"next: python fid.py test {'assets/shapes.pt' if args.dataset == 'shapes' else f'runs/{args.dataset}/pretrain'}"
+              f" --dataset {args.dataset}")
         return
     if not args.real or not args.fake:
         fail("name two sources, such as: python fid.py test assets/shapes.pt; see 'python fid.py --help'")
@@ -357,7 +408,7 @@ def main():
     result = {"stage": "fid", "dataset": args.dataset, "real": args.real, "fake": args.fake, "fid_features": kind}
     accuracy = None
     if kind == "inception":
-        extract = inception(args.inception_weights, device)
+        extract, network = inception(args.inception_weights, device)
     else:
         classifier, accuracy = load_classifier(args.dataset, args.data_dir, device)
         channels = classifier.args["channels"]
@@ -365,7 +416,7 @@ def main():
             fail("the classifier looks at 32 x 32 images only; use --features inception for these")
         real, fake = (x.float().mean(1, keepdim=True).to(torch.uint8) if x.shape[1] > channels else
                       x.expand(-1, channels, -1, -1) for x in (real, fake))
-        extract = lambda x: classifier.features(x.to(device))
+        extract, network = lambda x: classifier.features(x.to(device)), classifier
         if y is not None:
             hits = predict(classifier.cpu(), fake) == y
             classifier.to(device)
@@ -373,7 +424,8 @@ def main():
                 low, high = wilson(int(hits[:, i].sum()), len(hits))
                 result.update({factor: hits[:, i].double().mean().item(), f"{factor}_low": low, f"{factor}_high": high})
                 print(f"{factor} recognised: {percent(result, factor)}")
-    f1, f2 = (in_batches(extract, x, 50, label) for x, label in ((real, "real"), (fake, "fake")))
+    f1 = cached(lambda: in_batches(extract, real, 50, "real"), real, kind, network)
+    f2 = in_batches(extract, fake, 50, "fake")
     result["fid"] = frechet_distance(*statistics(f1), *statistics(f2))
     result["precision"], result["recall"] = precision_recall(f1, f2)
     result["protocol"] = {"dataset": args.dataset, "real_images": len(real), "fake_images": len(fake), "real": real_how,
@@ -392,4 +444,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,19 +6,27 @@
     save_grid(sample(model, y), "two.png")
 
 Symbols are those of DDPM (Ho et al. 2006.11239): x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps with a_t =
-`alphas_cumprod[t]`. Labels `y` are a LongTensor (B, F): column 0 is the class, column 1 the style. The value
-`null_label(model)` in every column stands for "no condition" (classifier-free guidance, Ho & Salimans 2207.12598).
+`alphas_cumprod[t]`. Labels `y` are a LongTensor (B, F): column 0 is the class, column 1 the style. The label row
+`model.null` stands for "no condition" (classifier-free guidance, Ho & Salimans 2207.12598).
 """
 import argparse
+import io
 import json
 import math
 import os
 import pickle
+import shlex
 import sys
 import time
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                 # Windows: run folders are not locked there
+    fcntl = None
 
 import torch
 import torch.nn as nn
@@ -151,6 +159,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
         self.register_buffer("alphas_cumprod", linear_schedule()[1].float(), persistent=False)
+        self.register_buffer("null", torch.tensor(cfg.classes), persistent=False)
 
     def forward(self, x, t, y):
         half = self.cfg.width // 2
@@ -178,15 +187,10 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-def null_label(model):
-    """The label row (F,) that means "no condition": the extra last row of each factor's embedding."""
-    return torch.tensor(model.cfg.classes, device=model.alphas_cumprod.device)
-
-
 def drop_labels(y, model, p=0.1):
     """y (B, F) with each example's whole label row replaced by the null label with probability p."""
     drop = torch.rand(len(y), 1, device=y.device) < p
-    return torch.where(drop, null_label(model), y)
+    return torch.where(drop, model.null, y)
 
 
 # ---- diffusion -------------------------------------------------------------------------------------------------
@@ -232,16 +236,16 @@ def guided_output(model, x_t, t, y, guidance):
     with autocast(x_t.device):
         if guidance == 0:
             return model(x_t, t, y).float()
-        null = null_label(model).expand_as(y)
+        null = model.null.expand_as(y)
         cond, uncond = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])).float().chunk(2)
     return (1 + guidance) * cond - guidance * uncond
 
 
 def split_output(model, out, x_t, a):
-    """x_0 and eps from the network's output at x_t; a = alphas_cumprod[t], a scalar tensor."""
+    """x_0 and eps from the network's output at x_t; a = alphas_cumprod[t], a number."""
     if model.cfg.prediction == "v":
-        return a.sqrt() * x_t - (1 - a).sqrt() * out, a.sqrt() * out + (1 - a).sqrt() * x_t
-    return (x_t - (1 - a).sqrt() * out) / a.sqrt(), out
+        return a ** 0.5 * x_t - (1 - a) ** 0.5 * out, a ** 0.5 * out + (1 - a) ** 0.5 * x_t
+    return (x_t - (1 - a) ** 0.5 * out) / a ** 0.5, out
 
 
 def ddpm_posterior():
@@ -260,8 +264,8 @@ def ddim_times(steps):
 
 def ddim_coefficients(a, a_next, eta):
     """DDIM (2010.02502 equations 12 and 16): x_next = sqrt(a_next) x_0 + c eps + sigma noise. Returns c, sigma."""
-    sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
-    return (1 - a_next - sigma ** 2).sqrt(), sigma
+    sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
+    return (1 - a_next - sigma ** 2) ** 0.5, sigma
 
 
 @torch.inference_mode()
@@ -274,28 +278,29 @@ def sample(model, y, steps=50, sampler="ddim", eta=0.0, guidance=2.0, seed=0, ba
     grey where white should be.) Image i depends on seed and on i, not on the other labels, so two models asked with
     one seed start from the same noise. `label` shows a progress line.
     """
-    device, cfg = model.alphas_cumprod.device, model.cfg
+    device, shape = model.null.device, (model.cfg.channels, model.cfg.image_size, model.cfg.image_size)
     training, gen, out = model.training, torch.Generator(device).manual_seed(seed), []
     model.eval()
-    betas, a_all = (s.float().to(device) for s in linear_schedule())
-    coef_x0, coef_xt, _ = (s.float().to(device) for s in ddpm_posterior())
+    betas, a_all = (s.tolist() for s in linear_schedule())
+    posterior = [s.tolist() for s in ddpm_posterior()]
     times = ddim_times(steps) if sampler == "ddim" else [(t, t - 1) for t in reversed(range(T))]
-    one = torch.ones((), device=device)
+    all_t = torch.tensor([t for t, _ in times], device=device)
     bar = Progress(label, math.ceil(len(y) / batch) * len(times), "step")
     for start in range(0, len(y), batch):
         labels = y[start:start + batch].to(device)
-        randn = lambda: torch.randn(len(labels), cfg.channels, cfg.image_size, cfg.image_size, device=device,
+        randn = lambda: torch.randn(len(labels), *shape, device=device,
                                     generator=gen).contiguous(memory_format=torch.channels_last)
         x = randn()
-        for t, t_next in times:
-            a, a_next = a_all[t], a_all[t_next] if t_next >= 0 else one
-            output = guided_output(model, x, torch.full((len(x),), t, device=device), labels, guidance)
-            x0, eps = split_output(model, output, x, a)
+        for i, (t, t_next) in enumerate(times):
+            output = guided_output(model, x, all_t[i].expand(len(x)), labels, guidance)
+            x0, eps = split_output(model, output, x, a_all[t])
             if sampler == "ddim":
-                c, sigma = ddim_coefficients(a, a_next, eta)
-                x = a_next.sqrt() * x0 + c * eps + (sigma * randn() if eta > 0 and t_next >= 0 else 0)
+                a_next = a_all[t_next] if t_next >= 0 else 1.0
+                c, sigma = ddim_coefficients(a_all[t], a_next, eta)
+                x = a_next ** 0.5 * x0 + c * eps + (sigma * randn() if sigma > 0 else 0)
             else:
-                x = coef_x0[t] * x0.clamp(-1, 1) + coef_xt[t] * x + (betas[t].sqrt() * randn() if t > 0 else 0)
+                coef_x0, coef_xt, _ = (s[t] for s in posterior)
+                x = coef_x0 * x0.clamp(-1, 1) + coef_xt * x + (betas[t] ** 0.5 * randn() if t > 0 else 0)
             bar.step()
         out.append(x.clamp(-1, 1).contiguous())
     model.train(training)
@@ -315,9 +320,14 @@ def native_bf16():
 CPU_BF16 = native_bf16()
 
 
+def autocast_on(device):
+    """Does the network's forward pass run in bf16 there?"""
+    return device.type == "cuda" or CPU_BF16
+
+
 def autocast(device):
     """bf16 for the network's forward pass where the hardware has it; weights, losses and samplers stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or CPU_BF16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=autocast_on(device))
 
 
 def pick_device(name):
@@ -335,6 +345,28 @@ def fail(message):
     """End the program for a mistake that the user can fix: one line, exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def run_script(main):
+    """main(), with Ctrl-C and full memory ending in one line like every other mishap."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: {resume_command()}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:         # the reader of our output, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+            raise
+        fail("the memory is full; choose a smaller --batch-size or --samples")
+
+
+def resume_command():
+    """This command, to be pasted, with --resume."""
+    command = ["python", *sys.argv]
+    return shlex.join(command if "--resume" in command else [*command, "--resume"])
 
 
 class Parser(argparse.ArgumentParser):
@@ -363,6 +395,7 @@ def number(kind, low, high=float("inf")):
             raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole number' if kind is int else 'a number'} "
                                              f"{limits}")
         return value
+    parse.low, parse.high = low, high
     return parse
 
 
@@ -398,17 +431,27 @@ class Progress:
 
 # ---- files -----------------------------------------------------------------------------------------------------
 
-def write_file(path, write):
+def write_file(path, write, required=True):
     """Call write(temporary path), then rename it to path: a kill leaves the old file or the new one, whole."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())                   # so that a power cut cannot leave the new name without its bytes
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:           # torch.save reports a full disk as RuntimeError
+    except OSError as e:
         tmp.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {e}; free some space or choose another folder with --out")
+        if required:
+            fail(f"cannot write {path} ({e.strerror or e}); free some space, or choose another folder with --out")
+
+
+def save_torch(path, data, required=True):
+    """torch.save through memory: its own writer hides the system's reason for a failed write."""
+    buffer = io.BytesIO()
+    torch.save(data, buffer)
+    write_file(path, lambda p: p.write_bytes(buffer.getbuffer()), required)
 
 
 def write_json(path, data):
@@ -421,30 +464,74 @@ def write_csv(path, rows):
     write_file(path, lambda p: p.write_text("\n".join(lines) + "\n"))
 
 
-def run_folder(out, default, keep=False):
-    """The folder for a new run. An existing run is never overwritten: the next free name is taken, saying so."""
-    base = Path(out or default)
-    folder, n = base, 1
-    while not keep and folder.exists() and any(folder.iterdir()):
-        n += 1
-        folder = base.with_name(f"{base.name}-{n}")
-    if folder != base:
-        print(f"{base} holds an earlier run, which is kept; this one goes to {folder}")
+LOCKS = []          # open descriptors of this process's run folders; the system lets go of them however it ends
+
+
+def claim(folder):
+    """Make the folder and lock it for this process; False if another process has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
     except OSError as e:
         fail(f"cannot write into {folder} ({e.strerror}); choose another folder with --out")
-    return folder
+    if fcntl:
+        LOCKS.append(os.open(folder, os.O_RDONLY))
+        try:
+            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(LOCKS.pop())
+            return False
+        except OSError:             # a file system without locks
+            pass
+    for leftover in folder.glob(".*.tmp"):         # of a killed process
+        leftover.unlink()
+    return True
+
+
+def run_folder(out, default, resume=False):
+    """The folder for a run, locked. An existing run is never overwritten: a new one takes the next free name, saying
+    so. resume: the newest unfinished one; a finished one ends the program."""
+    base = Path(out or default)
+    name = lambda n: base if n == 1 else Path(f"{base}-{n}")
+    if not resume:
+        n = 1
+        while not claim(name(n)) or any(name(n).iterdir()):
+            n += 1
+        if n > 1:
+            state = "a finished" if (base / "result.json").is_file() else "an unfinished"
+            print(f"{base} holds {state} run, which is kept; this one goes to {name(n)}")
+        return name(n)
+    n = 1
+    while name(n + 1).is_dir():
+        n += 1
+    runs = [name(i) for i in range(1, n + 1)]
+    unfinished = [folder for folder in runs if not (folder / "result.json").is_file()]
+    if not unfinished:
+        print(f"{runs[-1]} is finished: there is nothing to resume")
+        sys.exit(0)
+    if not claim(unfinished[-1]):
+        fail(f"another process is working in {unfinished[-1]}; wait until it ends, or choose another folder with --out")
+    return unfinished[-1]
 
 
 def save_checkpoint(path, model, info, half=False):
     """Weights, config and provenance in one file. info: at least `dataset` and `names` (a list per label factor)."""
     weights = {k: v.detach().cpu().half() if half else v.detach().cpu().clone() for k, v in model.state_dict().items()}
     data = {"format": FORMAT, "kind": "unet", "config": asdict(model.cfg), "weights": weights, **info}
-    write_file(path, lambda p: torch.save(data, p))
+    save_torch(path, data)
+
+
+def load_verified(path):
+    """What torch.load finds in a file, without running any code in it; ValueError if the file is not whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:     # torch.load does not look at the checksums in the file
+            if archive.testzip():
+                raise ValueError("wrong checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError,
+            KeyError, AttributeError, ImportError) as e:
+        raise ValueError(str(e)) from e
 
 
 def read_file(path, kind):
@@ -452,14 +539,13 @@ def read_file(path, kind):
     if not Path(path).is_file():
         fail(f"no such file: {path}; make a model with 'python train_ddpm.py', or name another with --ckpt")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError,
-            AttributeError, ImportError):
-        fail(f"{path} is truncated, damaged or not a checkpoint of this project; copy or train it again")
+        data = load_verified(path)
+    except ValueError:
+        fail(f"{path} is truncated, damaged or not a checkpoint of this project; copy or make it again")
     if not isinstance(data, dict) or data.get("kind") != kind:
         hint = "; if it is from the public SalUn code, convert it with 'python train_ddpm.py --import FILE'"
         fail(f"{path} is not a {kind} checkpoint of this project{hint if kind == 'unet' else ''}")
-    if data["format"] > FORMAT:
+    if not data.get("format", 0) <= FORMAT:
         fail(f"{path} has format {data['format']}, this code reads up to {FORMAT}; update the code")
     return data
 

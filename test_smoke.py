@@ -1,13 +1,17 @@
 """The behaviour that must hold, checked in a few minutes on a CPU: python -m pytest -q"""
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
+import resource
+import shutil
 import signal
 import struct
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +44,11 @@ def workplace(tmp_path, monkeypatch):
 def run(module, *args):
     """The script's main() with these arguments."""
     sys.argv = [f"{module.__name__}.py", *map(str, args)]
-    module.main()
+    try:
+        module.main()
+    finally:
+        while M.LOCKS:                                 # what the end of a process does
+            os.close(M.LOCKS.pop())
 
 
 def refused(capsys, module, *args):
@@ -116,6 +124,7 @@ class Gaussian(torch.nn.Module):
         self.cfg = M.UNetConfig(image_size=4, channels=1, classes=(2,), prediction="eps")
         self.s, self.calls = s, []
         self.register_buffer("alphas_cumprod", M.linear_schedule()[1].float())
+        self.register_buffer("null", torch.tensor([2]))
 
     def forward(self, x, t, y):
         self.calls.append(len(x))
@@ -339,12 +348,53 @@ def test_cifar10_goes_through_all_stages(monkeypatch, capsys):
 
 
 def test_missing_data_says_what_to_put_where(capsys, monkeypatch):
-    def offline(*args, **kwargs):
+    def offline(url, timeout):
         raise OSError("no network")
-    monkeypatch.setattr(torchvision.datasets.utils, "download_url", offline)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", offline)
+    monkeypatch.setattr(train_ddpm, "urlopen", offline)
     error = refused(capsys, train_ddpm, "--dataset", "cifar10", "--data-dir", "elsewhere")
-    assert "cifar-10-python.tar.gz" in error and "elsewhere" in error
+    assert "cifar-10-python.tar.gz" in error and "elsewhere" in error and "no network" in error
+
+
+@pytest.mark.parametrize("dataset", ["fashion", "cifar10"])
+def test_a_corrupt_or_interrupted_download_leaves_nothing(dataset, capsys, monkeypatch):
+    def corrupt(url, timeout):
+        assert url.startswith("https://")
+        return io.BytesIO(b"half a file")
+
+    def interrupted(url, timeout):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_ddpm, "FASHION_FOLDERS", train_ddpm.FASHION_FOLDERS[:2])
+    monkeypatch.setattr(train_ddpm, "urlopen", corrupt)
+    assert "wrong checksum" in refused(capsys, train_ddpm, "--dataset", dataset)
+    assert list(Path("data").rglob("*")) == []
+    monkeypatch.setattr(train_ddpm, "urlopen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_ddpm.load_data(dataset, "train")
+    assert list(Path("data").rglob("*")) == []
+
+
+def test_a_download_is_verified_unpacked_and_kept(monkeypatch):
+    make_fashion(Path("there"))
+    monkeypatch.setattr(train_ddpm, "FASHION_FOLDERS", train_ddpm.FASHION_FOLDERS[:2])
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "resources", [
+        (p.name, hashlib.md5(p.read_bytes()).hexdigest()) for p in Path("there").iterdir()])
+    fetched = lambda url, timeout: open(Path("there", url.rsplit("/", 1)[1]), "rb")
+    monkeypatch.setattr(train_ddpm, "urlopen", fetched)
+    first = train_ddpm.load_data("fashion", "train")[0]
+    monkeypatch.setattr(train_ddpm, "urlopen", None)               # the second time nothing is fetched
+    assert torch.equal(first, train_ddpm.load_data("fashion", "train")[0]) and first.shape == (40, 1, 32, 32)
+
+
+def test_an_archive_put_there_by_hand_is_used(monkeypatch):
+    make_cifar10(monkeypatch)
+    with tarfile.open("data/cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add("data/cifar-10-batches-py", "cifar-10-batches-py")
+    shutil.rmtree("data/cifar-10-batches-py")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5",
+                        hashlib.md5(Path("data/cifar-10-python.tar.gz").read_bytes()).hexdigest())
+    monkeypatch.setattr(train_ddpm, "urlopen", None)
+    assert len(train_ddpm.load_data("cifar10", "train")[0]) == 100
+    assert sorted(p.name for p in Path("data").iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
 
 
 # ---- pretraining -----------------------------------------------------------------------------------------------
@@ -373,11 +423,11 @@ def test_same_seed_same_weights_and_resume_is_exact():
         if len(seen) == 4:
             os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
-        once(state_file=Path("train.pt"), preview=interrupt)
+        once(path=Path("train.pt"), preview=interrupt)
     assert stop.value.code == 130
     assert torch.load("train.pt", weights_only=True)["step"] == 8
     torch.manual_seed(12345)
-    resumed = train_ddpm.train(tiny(seed=9).train(), x, y, **TRAIN, state_file=Path("train.pt"), resume=True)[0]
+    resumed = train_ddpm.train(tiny(seed=9).train(), x, y, **TRAIN, path=Path("train.pt"), resume=True)[0]
     assert torch.equal(weights(whole), weights(resumed))
 
 
@@ -573,8 +623,7 @@ def test_inception_pools_as_pytorch_fid_does():
     torch.save(net.state_dict(), "inception.pth")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     outputs = {}
-    features = fid.inception("inception.pth")
-    patched = next(c.cell_contents for c in features.__closure__ if isinstance(c.cell_contents, torch.nn.Module))
+    features, patched = fid.inception("inception.pth")
     for name in ("Mixed_6a", "Mixed_6b", "Mixed_7b", "Mixed_7c"):
         getattr(patched, name).register_forward_hook(lambda m, i, o, name=name: outputs.update({name: o}))
     with torch.inference_mode():
@@ -678,10 +727,10 @@ def test_a_failed_write_leaves_the_old_file(capsys):
 
     def broken(path):
         path.write_text("half")
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
     with pytest.raises(SystemExit) as stop:
         M.write_file("kept", broken)
-    assert stop.value.code == 2 and "disk full" in capsys.readouterr().err
+    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
     assert Path("kept").read_text() == "old" and os.listdir(".") == ["kept"]
 
 
@@ -721,14 +770,13 @@ def test_mistakes_of_the_other_stages(capsys):
     assert "no results" in refused(capsys, attack, "--table", ".")
     assert "has no style" in refused(capsys, train_ddpm, "--dataset", "fashion", "--exclude-style", 1)
     assert "nothing is left" in refused(capsys, train_ddpm, "--exclude-cls", *range(10))
-    assert "no such file" in refused(capsys, train_ddpm, "--resume", "--out", "empty")
 
 
 def test_the_four_stages_write_what_they_promise_and_keep_earlier_runs(capsys):
     tiny_checkpoint("tiny.pt")
     for _ in range(2):
         run(unlearn, "--cls", "square", "--ckpt", "tiny.pt", *QUICK, "--samples", 60, "--eval-every", 1)
-    assert "dimum-cls1 holds an earlier run" in capsys.readouterr().out
+    assert "dimum-cls1 holds a finished run, which is kept" in capsys.readouterr().out
     first, second = Path("runs/shapes/dimum-cls1"), Path("runs/shapes/dimum-cls1-2")
     for name in ("model.pt", "result.json", "log.csv", "samples.png", "fid.png", "curve.csv"):
         assert (first / name).is_file() and (second / name).is_file()
@@ -746,6 +794,244 @@ def test_the_four_stages_write_what_they_promise_and_keep_earlier_runs(capsys):
     assert table.count("dimum-cls1 ") == 1 and "retrain-cls1" in table and "original-cls1" in table
     assert Image.open("runs/attack_curves.png").size == (760, 420)
     assert Image.open(first / "samples.png").size[0] > 600
+
+
+# ---- unbreakable -----------------------------------------------------------------------------------------------
+
+def forked(work):
+    """work() in a child process: its exit code, or minus the signal that ended it. One thread, which a fork needs; so
+    weights may be compared between children only."""
+    sys.stdout.flush(), sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            work()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at_replace(n, *command):
+    """A child that runs the command and gets SIGKILL just before its n-th file would take its final name."""
+    def work():
+        replace, calls = os.replace, []
+
+        def counting(*args):
+            calls.append(args)
+            if len(calls) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(*args)
+        os.replace = counting
+        run(*command)
+    return forked(work)
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """Shapes with a few images per cell, a tiny network and its checkpoint, no other data to be had, and a training state
+    saved after every step."""
+    def offline(url, timeout):
+        raise OSError("no network")
+    draw = train_ddpm.draw_shapes
+    monkeypatch.setattr(train_ddpm, "urlopen", offline)
+    monkeypatch.setattr(train_ddpm, "FASHION_FOLDERS", train_ddpm.FASHION_FOLDERS[:2])
+    monkeypatch.setitem(M.PRESETS, "small", M.UNetConfig(width=8, mult=(1, 1), groups=4, attention=()))
+    monkeypatch.setattr(train_ddpm, "draw_shapes", lambda per_cell, seed: draw(4, seed))
+    monkeypatch.setattr(train_ddpm, "SAVE_SECONDS", -1)
+    return tiny_checkpoint("tiny.pt")
+
+
+STAGES = {
+    "train": (train_ddpm, "--exclude-cls", 3),
+    "salun": (unlearn, "--method", "salun", "--cls", 1, "--ckpt", "tiny.pt", "--eval-every", 2),
+    "dimum": (unlearn, "--style", "neon", "--ckpt", "tiny.pt"),
+    "retrain": (unlearn, "--method", "retrain", "--cls", 1, "--ckpt", "tiny.pt"),
+    "attack": (attack, "tiny.pt", "--cls", 1, "--every", 2),
+    "classifier": (fid, "--train-classifier"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_stage_goes_on_to_the_very_same_weights(stage, small_shapes, monkeypatch):
+    module, *args = STAGES[stage]
+    monkeypatch.setattr(unlearn, "MASKS", {k: lambda m, t, f=f: f(m, t, batches=2) for k, f in unlearn.MASKS.items()})
+    command = (module, *args, *QUICK, "--steps", 5)
+    assert forked(lambda: run(*command, "--out", "whole")) == 0
+    kills = 0
+    for n in (1, 3, 2, 4):                             # the first states, then later ones, then the results
+        resume = ("--resume",) if kills else ()
+        kills += killed_at_replace(n, *command, "--out", "killed", *resume) == -signal.SIGKILL
+    assert kills >= 3
+    assert forked(lambda: run(*command, "--out", "killed", "--resume")) == 0
+    whole, killed = (torch.load(f"{folder}/model.pt", weights_only=True)["weights"] for folder in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[k], killed[k]) for k in whole)
+    same = lambda folder: [line.rsplit(",", 1)[0] for line in Path(folder, "log.csv").read_text().splitlines()]
+    assert stage == "classifier" or same("whole") == same("killed")
+    assert not list(Path("killed").glob(".*"))
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(small_shapes, capsys):
+    command = (train_ddpm, *QUICK, "--out", "run")
+    assert killed_at_replace(2, *command) == -signal.SIGKILL
+    assert "steps 2" in refused(capsys, *command, "--resume", "--steps", 3)
+    assert "seed 0" in refused(capsys, *command, "--resume", "--seed", 3)
+    run(*command, "--resume")
+    before = {p: p.stat().st_mtime_ns for p in Path("run").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        run(*command, "--resume")
+    assert stop.value.code == 0 and "nothing to resume" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in Path("run").iterdir()}
+
+
+def test_two_runs_in_one_folder_do_not_mix(small_shapes, capsys):
+    assert M.claim(Path("run"))
+    command = (train_ddpm, *QUICK, "--out", "run")
+    assert forked(lambda: run(*command, "--resume")) == 2
+    assert forked(lambda: run(*command)) == 0
+    assert not any(Path("run").iterdir()) and Path("run-2/model.pt").is_file()
+
+
+def test_a_file_size_limit_stops_with_a_clear_line_and_keeps_the_old_state(small_shapes, capfd):
+    command = (train_ddpm, *QUICK, "--out", "run")
+    assert killed_at_replace(2, *command) == -signal.SIGKILL
+    state = Path("run/train.pt").read_bytes()
+    capfd.readouterr()
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+        run(*command, "--resume")
+    assert forked(limited) == 2
+    error = capfd.readouterr().err
+    assert "run/train.pt (File too large)" in error and error.count("\n") == 1
+    assert Path("run/train.pt").read_bytes() == state and [p.name for p in Path("run").iterdir()] == ["train.pt"]
+
+
+def test_a_diverging_run_names_the_step_and_keeps_the_last_good_state(small_shapes, capsys, monkeypatch):
+    loss, calls = train_ddpm.diffusion_loss, []
+
+    def explode(*args, **kwargs):
+        calls.append(1)
+        return loss(*args, **kwargs) * (math.inf if len(calls) == 4 else 1)
+    monkeypatch.setattr(train_ddpm, "diffusion_loss", explode)
+    error = refused(capsys, train_ddpm, *QUICK, "--steps", 9, "--out", "run")
+    assert "at step 4" in error and "inf" in error and "--lr" in error
+    state = torch.load("run/train.pt", weights_only=True)
+    assert state["step"] == 3 and all(v.isfinite().all() for v in state["model"].values())
+
+    monkeypatch.setattr(train_ddpm, "diffusion_loss", loss)
+    net, (x, y) = tiny().train(), tiny_data()
+    with torch.no_grad():
+        net.label_embs[0].weight[3] = math.nan         # of a class that is not trained on: the loss stays finite
+    keep = y[:, 0] != 3
+    with pytest.raises(SystemExit):
+        train_ddpm.train(net, x[keep], y[keep], **{**TRAIN, "steps": 1})
+    assert "weights are not finite" in capsys.readouterr().err
+
+
+def test_flipped_bits_are_noticed(capsys):
+    good = Path(tiny_checkpoint("good.pt")).read_bytes()
+    weights_at = good.index(M.load_verified("good.pt")["weights"]["conv_in.weight"].numpy().tobytes())
+    whole = M.load_verified("good.pt")["weights"]
+    refusals = 0
+    for position in [*range(0, len(good), len(good) // 150), *range(len(good) - 150, len(good)), weights_at + 5]:
+        flipped = bytearray(good)
+        flipped[position] ^= 16
+        Path("flipped.pt").write_bytes(flipped)
+        try:
+            found = M.load_verified("flipped.pt")["weights"]
+            assert all(torch.equal(found[k], whole[k]) for k in whole)         # a date, or padding
+        except ValueError:
+            refusals += 1
+    assert refusals > 100                              # the last was in a weight
+    assert "flipped.pt is truncated, damaged" in refused(capsys, unlearn, "--cls", 1, "--ckpt", "flipped.pt")
+
+
+def test_ctrl_c_ends_in_one_line_and_130(small_shapes, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(unlearn, "evaluate", interrupted)
+    sys.argv = ["unlearn.py", "--cls", "1", "--ckpt", "tiny.pt", *map(str, QUICK)]
+    with pytest.raises(SystemExit) as stop:
+        M.run_script(unlearn.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 130 and "python unlearn.py --cls 1" in error and "--resume" in error
+
+
+# ---- every flag, with every kind of value ----------------------------------------------------------------------
+
+BASES = {train_ddpm: (), unlearn: ("--cls", 1, "--ckpt", "tiny.pt"), attack: ("tiny.pt", "--cls", 1),
+         fid: ("test", "tiny.pt")}
+
+
+def actions(module, monkeypatch):
+    """The flags and positionals that the script's own parser knows, except --help."""
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(M.Parser, "parse_args", lambda self: found.extend(self._actions) or sys.exit(0))
+        with pytest.raises(SystemExit):
+            run(module)
+    return [a for a in found if a.dest != "help"]
+
+
+def values_for(action):
+    """(value, must it be refused?) pairs for one argument."""
+    if action.nargs == 0:
+        return [(None, False)]
+    if hasattr(action.type, "low"):
+        low, high = action.type.low, action.type.high
+        over = [(high + 1, True)] if high < math.inf else []
+        return [(v, True) for v in ("x", "", "nan", "inf", "1e999", low - 1)] + over + [(low, False), (max(1, low), False)]
+    if action.choices:
+        return [("nonsense", True), ("", True), *((choice, False) for choice in list(action.choices)[:2])]
+    return [(v, False) for v in ("", ".", "nowhere/at/all", "tiny.pt", "-1", "1", "99", "²", "a b")]
+
+
+@pytest.mark.parametrize("module", BASES, ids=lambda m: m.__name__)
+def test_no_flag_value_ends_in_a_traceback(module, small_shapes, monkeypatch, capsys):
+    monkeypatch.setattr(train_ddpm, "benchmark", lambda *args: None)
+    monkeypatch.setattr(train_ddpm, "compile_network", lambda model: None)
+    monkeypatch.setattr(unlearn, "MASKS", {})
+    count = 0
+    for action in actions(module, monkeypatch):
+        for value, must_fail in values_for(action):
+            base = (*BASES[module], *QUICK)
+            if not action.option_strings:
+                args = (value, *base[1:]) if action.dest != "fake" else ("test", value, *base[2:])
+            else:
+                args = (*base, action.option_strings[0] if value is None else f"{action.option_strings[0]}={value}")
+            capsys.readouterr()
+            try:
+                run(module, *args)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+            error = capsys.readouterr().err
+            assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 or code == 0 and not must_fail, \
+                (args, code, error)
+            count += 1
+    assert count > 60
+
+
+EDGES = [
+    (train_ddpm, "--steps", 0), (train_ddpm, "--batch-size", 500), (train_ddpm, "--guidance", 0),
+    (train_ddpm, "--exclude-cls", *range(9)),
+    (unlearn, "--cls", 1, "--ckpt", "tiny.pt", "--steps", 0), (unlearn, "--cls", *range(9), "--ckpt", "tiny.pt"),
+    (unlearn, "--cls", 1, "--ckpt", "tiny.pt", "--batch-size", 1, "--steps", 1),
+    (unlearn, "--cls", 1, "--ckpt", "tiny.pt", "--alt-size", 10 ** 9, "--samples", 300),
+    (attack, "tiny.pt", "--cls", 1, "--steps", 0), (attack, "tiny.pt", "--cls", 1, "--every", 10 ** 9),
+    (fid, "test", "tiny.pt", "--samples", 1000),
+]
+
+
+@pytest.mark.parametrize("module,args", [(m, a) for m, *a in EDGES])
+def test_edges_work(module, args, small_shapes):
+    run(module, *QUICK, *args)
 
 
 # ---- the shipped model -----------------------------------------------------------------------------------------

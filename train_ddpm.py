@@ -6,24 +6,38 @@
     python train_ddpm.py --exclude-cls square               # a model that never saw squares
     python train_ddpm.py --dataset cifar10 --import ckpt.pth    # convert a checkpoint of the public SalUn/SA code
     python train_ddpm.py --resume                           # go on after a kill
+    python train_ddpm.py --benchmark --preset paper         # how fast is this machine? Writes nothing
 
 Leaves runs/<dataset>/pretrain/ with model.pt (EMA weights), samples.png, loss.png, log.csv and result.json.
 """
 import gzip
+import hashlib
 import math
 import re
+import shutil
 import signal
+import statistics
+import sys
+import tarfile
+import tempfile
 import time
 from pathlib import Path
+from urllib.request import urlopen
+
+try:
+    import resource
+except ImportError:                 # Windows
+    resource = None
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torchvision import datasets as tvd
 
-from model import (FACTORS, Parser, PRESETS, Progress, UNet, diffusion_loss, fail, make_config, number, pick_device,
-                   read_file, run_folder, sample, save_checkpoint, save_grid, save_plot, write_csv,
-                   write_file, write_json)
+from model import (FACTORS, FORMAT, Parser, PRESETS, Progress, T, UNet, autocast_on, diffusion_loss, fail, guided_output,
+                   make_config, number, pick_device, read_file, resume_command, run_folder, run_script, sample,
+                   save_checkpoint, save_grid, save_plot, save_torch, write_csv, write_json)
 
 # lr and weights of the paper preset: the public SalUn/SFRon/SA configuration for CIFAR-10 (constant learning rate).
 # The small preset: a high rate with cosine decay, which makes the most of few steps.
@@ -32,6 +46,7 @@ DEFAULTS = {
     "paper": dict(steps=800000, batch_size=128, lr=2e-4, ema=0.9999, warmup=0, cosine=False),
 }
 FEWER_STEPS = {"fashion": 3000}                 # of the small preset
+SAVE_SECONDS = 180                              # between two saved training states
 DATASETS = ("shapes", "fashion", "cifar10")
 
 
@@ -123,6 +138,7 @@ def draw_shapes(per_cell, seed, size=32):
 
 # ---- datasets --------------------------------------------------------------------------------------------------
 
+FASHION_URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
 FASHION_FOLDERS = ("FashionMNIST/raw", "", "/usr/share/datasets/fashion-mnist")       # the last is Debian's package
 FASHION_FILES = {"train": "train-{}-idx{}-ubyte.gz", "test": "t10k-{}-idx{}-ubyte.gz"}
 
@@ -144,17 +160,46 @@ def load_fashion(split, data_dir):
     images, labels = FASHION_FILES[split].format("images", 3), FASHION_FILES[split].format("labels", 1)
     found = [Path(data_dir, f) for f in FASHION_FOLDERS
              if Path(data_dir, f, images).is_file() and Path(data_dir, f, labels).is_file()]
-    if not found:
-        download(tvd.FashionMNIST, data_dir, split, "train-images-idx3-ubyte.gz and its three companions")
-        found = [Path(data_dir, FASHION_FOLDERS[0])]
-    return F.pad(read_idx(found[0] / images, 3), (2, 2, 2, 2))[:, None], read_idx(found[0] / labels, 1).long()[:, None]
+    if found:
+        x, y = read_idx(found[0] / images, 3), read_idx(found[0] / labels, 1)
+    else:
+        archives = [(FASHION_URL + name, f"FashionMNIST/raw/{name}", md5) for name, md5 in tvd.FashionMNIST.resources]
+        data = download(tvd.FashionMNIST, data_dir, split, archives, "train-images-idx3-ubyte.gz and its companions")
+        x, y = data.data, data.targets
+    return F.pad(x, (2, 2, 2, 2))[:, None], y.long()[:, None]
 
 
-def download(dataset, data_dir, split, files):
-    """torchvision's dataset, downloaded into data_dir if it is not there; its checksums are verified."""
+def download(dataset, data_dir, split, archives, files):
+    """torchvision's dataset in data_dir. archives, (https address, path in data_dir, MD5) each, are fetched if it is not
+    there, unless they have been put there by hand.
+
+    All happens in a folder of its own, whose files are moved into place when they are whole: an interrupted or corrupt
+    download leaves nothing behind. (torchvision's own would leave the file, and falls back to http.)
+    """
+    train, data_dir = split == "train", Path(data_dir)
     try:
-        return dataset(data_dir, train=split == "train", download=True)
-    except (RuntimeError, OSError) as e:
+        return dataset(data_dir, train=train, download=False)
+    except RuntimeError:                           # not there, or damaged
+        pass
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as tmp:
+            for url, name, md5 in archives:
+                target = Path(tmp, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                print(f"fetching {url}", flush=True)
+                source = open(data_dir / name, "rb") if (data_dir / name).is_file() else urlopen(url, timeout=60)
+                with source, open(target, "wb") as f:
+                    shutil.copyfileobj(source, f)
+                if hashlib.md5(target.read_bytes()).hexdigest() != md5:
+                    raise ValueError(f"{name} has a wrong checksum")
+            dataset(tmp, train=train, download=True)                       # verifies again, and unpacks
+            for path in [p for p in Path(tmp).rglob("*") if p.is_file()]:
+                target = data_dir / path.relative_to(tmp)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+        return dataset(data_dir, train=train, download=False)
+    except (RuntimeError, OSError, EOFError, ValueError, tarfile.TarError) as e:
         fail(f"{dataset.__name__} is not in '{data_dir}' and cannot be downloaded "
              f"({(str(e).splitlines() or ['no reason given'])[0]}); put {files} there, or name their folder with "
              "--data-dir")
@@ -179,7 +224,8 @@ def load_data(dataset, split, data_dir="data", device="cpu"):
     elif dataset == "fashion":
         x, y = load_fashion(split, data_dir)
     else:
-        data = download(tvd.CIFAR10, data_dir, split, "cifar-10-python.tar.gz")
+        archive = (tvd.CIFAR10.url, tvd.CIFAR10.filename, tvd.CIFAR10.tgz_md5)
+        data = download(tvd.CIFAR10, data_dir, split, [archive], archive[1])
         x = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         y = torch.tensor(data.targets)[:, None]
     return x.to(device), y.to(device), label_names(dataset)
@@ -238,82 +284,140 @@ def learning_rate(step, steps, lr, warmup, cosine):
     return lr * min(1.0, (step + 1) / max(warmup, 1)) * decay
 
 
-def train(model, images, y, steps, batch_size, lr, ema, warmup, cosine, flip=False, state_file=None, resume=False,
-          preview=None, label="pretrain"):
-    """Train `model` on images (N, C, H, W) uint8 with labels (N, F). Returns (the EMA model, log rows).
+class Loop:
+    """What every training loop does between its steps: progress line, log, a stop when the loss is not finite, Ctrl-C,
+    and the training state on disk.
 
-    Source: DDPM's training with Adam, clipping at 1.0 and EMA. All random numbers come from torch's global
-    generator, whose state is in state_file with everything else, so a resumed run continues exactly.
-    preview(ema_model) is called ten times on the way. The EMA's decay starts low and rises to `ema`.
+        loop = Loop("attack", steps, folder / "train.pt", resume, settings, model=model, optimizer=optimizer)
+        for step in loop:
+            ...
+            loop.loss = loss.detach()
+
+    The state is saved at the start, every SAVE_SECONDS, at Ctrl-C and at the end. It holds the parts (whatever has
+    state_dict and load_state_dict), the step, torch's generators and `data` (plain values; its "log" becomes log.csv),
+    so a killed run that goes on with resume ends, on a CPU, with the very same weights. settings: a dict of what must
+    be equal in both. Without path nothing is kept.
     """
-    device = images.device
-    params = list(model.parameters())
-    averaged = UNet(model.cfg).to(device, memory_format=torch.channels_last)
+
+    def __init__(self, label, steps, path=None, resume=False, settings=None, **parts):
+        self.label, self.steps, self.path, self.settings, self.parts = label, steps, path, settings or {}, parts
+        self.first, self.loss, self.recent, self.data = 0, None, [], {"log": [], "seconds": 0.0}
+        if resume and path.is_file():
+            self.load()
+        elif resume:
+            print(f"{path.parent} holds no training state yet: starting from the first step")
+        self.began = time.time() - self.data["seconds"]      # the time before an interruption counts
+        self.bar = Progress(label, steps, start=self.first)
+
+    def load(self):
+        state = read_file(self.path, "training")
+        try:
+            other = [f"{k} {v}" for k, v in state["settings"].items() if self.settings.get(k) != v]
+            if other:
+                fail(f"{self.path} belongs to a run with other settings ({', '.join(other)}); give the same to --resume "
+                     "it, or start without --resume")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.first, self.data, self.recent = state["step"], state["data"], list(state["recent"])
+            torch.set_rng_state(state["rng"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as e:
+            fail(f"{self.path} does not fit this code ({type(e).__name__}); start without --resume")
+
+    def save(self, step):
+        self.saved = time.time()
+        self.data["seconds"] = round(self.saved - self.began, 1)
+        if self.path:
+            save_torch(self.path, {
+                "format": FORMAT, "kind": "training", "settings": self.settings, "step": step, "data": self.data,
+                "recent": torch.stack(self.recent).cpu() if self.recent else torch.zeros(0),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                **{name: part.state_dict() for name, part in self.parts.items()}})
+
+    def check(self, step):
+        """Stop, leaving the saved state as it is, if a loss or a weight is no longer finite."""
+        losses = torch.stack(self.recent) if self.recent else torch.zeros(0)
+        wrong = (~losses.isfinite()).nonzero().flatten()
+        if len(wrong):
+            what = f"the loss is {losses[wrong[0]].item()} at step {step - len(losses) + 1 + int(wrong[0])}"
+        elif all(p.isfinite().all() for p in self.parts["model"].parameters()):
+            return
+        else:
+            what = f"weights are not finite after step {step}, where the loss is {losses[-1].item():.4g}"
+        kept = f"; {self.path} keeps the last good state" if self.path else ""
+        fail(f"{self.label} diverged: {what}; start again with a smaller --lr{kept}")
+
+    def __iter__(self):
+        log_every, stop = max(1, min(self.steps // 200, 100)), []
+
+        def on_interrupt(*_):       # obeyed between two steps, where the state is whole; a second Ctrl-C is at once
+            stop.append(True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        previous = signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            self.saved = time.time()
+            if self.first == 0:
+                self.save(0)
+            for step in range(self.first, self.steps):
+                yield step
+                self.recent.append(self.loss)
+                done, log = step + 1, self.data["log"]
+                due = stop or done == self.steps or time.time() - self.saved > SAVE_SECONDS
+                if due or done % log_every == 0:
+                    self.check(done)
+                if done % log_every == 0:
+                    log.append({"step": done, "loss": round(torch.stack(self.recent).mean().item(), 6),
+                                "seconds": round(time.time() - self.began, 1)})
+                    self.recent = []
+                self.bar.step(f"loss {log[-1]['loss'] if log else math.nan:.4f}")
+                if due:
+                    self.save(done)
+                if stop:
+                    how = f"; go on with: {resume_command()}" if self.path else ""
+                    print(f"\nstopped after step {done}{how}", file=sys.stderr)
+                    sys.exit(130)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+            self.bar.close()
+
+
+def train(model, images, y, steps, batch_size, lr, ema, warmup, cosine, flip=False, preview=None, label="pretrain",
+          **keep):
+    """Train `model` on images (N, C, H, W) uint8 with labels (N, F). Returns (the EMA model, the finished Loop).
+
+    Source: DDPM's training with Adam, clipping at 1.0 and EMA. All random numbers come from torch's global generator.
+    preview(ema_model) is called ten times on the way. The EMA's decay starts low and rises to `ema`. keep: where the
+    training state goes (path, resume and settings of Loop).
+    """
+    averaged = UNet(model.cfg).to(images.device, memory_format=torch.channels_last)
     averaged.load_state_dict(model.state_dict())
     averaged.requires_grad_(False).eval()
-    optimizer = torch.optim.Adam(params, lr, fused=True)
-    first, log, saved, recent, began = 0, [], time.time(), [], time.time()
-    if resume:
-        state = read_file(state_file, "training")
-        if state["steps"] != steps or state["batch_size"] != batch_size or state["lr"] != lr:
-            fail(f"{state_file} belongs to a run with --steps {state['steps']} --batch-size {state['batch_size']} "
-                 f"--lr {state['lr']}; give the same values to --resume it")
-        model.load_state_dict(state["model"])
-        averaged.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, log = state["step"], state["log"]
-        began -= log[-1]["seconds"] if log else 0          # the time spent before the interruption counts
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"])
-
-    def save_state(step):
-        write_file(state_file, lambda p: torch.save(
-            {"format": 1, "kind": "training", "steps": steps, "batch_size": batch_size, "lr": lr, "step": step,
-             "log": log, "model": model.state_dict(), "ema": averaged.state_dict(),
-             "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-             "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}, p))
-
-    stop = []          # Ctrl-C is noted and obeyed between two steps, where the state is whole
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
+    loop = Loop(label, steps, model=model, ema=averaged, optimizer=optimizer, **keep)
     model.train()
-    bar, log_every = Progress(label, steps, start=first), max(steps // 200, 1)
-    try:
-        for step in range(first, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, warmup, cosine)
-            x0, labels = get_batch(images, y, batch_size, flip)
-            loss = diffusion_loss(model, x0, labels).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-            decay = min(ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(averaged.parameters()), params, 1 - decay)
-            recent.append(loss.detach())
-            if (step + 1) % log_every == 0:
-                mean = torch.stack(recent).mean().item()
-                recent = []
-                if not math.isfinite(mean):
-                    fail(f"the loss is {mean} at step {step + 1}; start again with a smaller --lr than {lr:g}")
-                log.append({"step": step + 1, "loss": round(mean, 6), "seconds": round(time.time() - began, 1)})
-            bar.step(f"loss {log[-1]['loss'] if log else math.nan:.4f}")
-            if preview and (step + 1) % max(steps // 10, 1) == 0:
-                preview(averaged)
-            if state_file and (stop or time.time() - saved > 180):
-                save_state(step + 1)
-                saved = time.time()
-            if stop:
-                how = "; go on with the same command and --resume" if state_file else ""
-                print(f"\nstopped after step {step + 1}{how}")
-                raise SystemExit(130)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if state_file:
-        save_state(steps)
-    bar.close()
-    return averaged, log
+    for step in loop:
+        rate = learning_rate(step, steps, lr, warmup, cosine)
+        loop.loss = train_step(model, averaged, optimizer, *get_batch(images, y, batch_size, flip), rate,
+                               min(ema, (1 + step) / (10 + step)))
+        if preview and (step + 1) % max(steps // 10, 1) == 0:
+            preview(averaged)
+    return averaged, loop
+
+
+def train_step(model, averaged, optimizer, x0, y, lr, decay):
+    """One step of DDPM's training on a batch: Adam on the clipped gradient, then the EMA. Returns the loss."""
+    params = list(model.parameters())
+    optimizer.param_groups[0]["lr"] = lr
+    loss = diffusion_loss(model, x0, y).mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(averaged.parameters()), params, 1 - decay)
+    return loss.detach()
 
 
 def import_public(path, dataset, names):
@@ -356,6 +460,65 @@ def import_public(path, dataset, names):
     return model
 
 
+# ---- speed -----------------------------------------------------------------------------------------------------
+
+def compile_network(model):
+    """torch.compile in place, with CUDA graphs on a GPU; the state dict keeps its keys."""
+    model.compile(mode="reduce-overhead" if model.null.is_cuda else "default")
+
+
+def benchmark(preset, batch_size, device, compiled, repeats=5):
+    """Print training steps, guided samples and FID features per second and peak memory; writes nothing.
+
+    Each is the median of `repeats` timings after two rounds of warm-up. The FID features are InceptionV3's, with random
+    weights. The memory is that of training and sampling: the process's on a CPU, PyTorch's own on a GPU.
+    """
+    cuda = device.type == "cuda"
+    n = batch_size or (128 if cuda else 8 if preset == "paper" else 32)
+    model, averaged = (UNet(make_config(preset, 32, 3, (10,))).to(device, memory_format=torch.channels_last)
+                       for _ in range(2))
+    if compiled:
+        compile_network(model)
+    averaged.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
+    images = torch.randint(256, (1000, 3, 32, 32), dtype=torch.uint8, device=device)
+    y, t = torch.randint(10, (1000, 1), device=device), torch.randint(T, (n,), device=device)
+
+    def seconds(work):
+        times = []
+        for _ in range(repeats + 2):
+            began = time.perf_counter()
+            work()
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[2:])
+
+    step = seconds(lambda: train_step(model.train(), averaged, optimizer, *get_batch(images, y, n), 1e-4, 0.999))
+    with torch.inference_mode():
+        x = get_batch(images, y, n)[0]
+        plain = seconds(lambda: guided_output(model.eval(), x, t, y[:n], 0))
+    guided = seconds(lambda: sample(model, y[:n], 5, batch=n)) / 5
+    memory = math.nan
+    if cuda:
+        memory = torch.cuda.max_memory_allocated() / 2 ** 30
+    elif resource:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+    net = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False).to(device).eval()
+    big = torch.randn(50 if cuda else 10, 3, 299, 299, device=device)
+    with torch.inference_mode():
+        inception = seconds(lambda: net(big))
+    where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    print(f"{preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, batch {n}, "
+          f"{'compiled, ' if compiled else ''}{'bf16' if autocast_on(device) else 'float32'}, {where}, torch "
+          f"{torch.__version__}\n"
+          f"training      {1 / step:8.2f} steps/s   ({n / step:.0f} images/s)\n"
+          f"sampling      {n / guided / 50:8.2f} images/s  (50 DDIM steps, guided; a step costs "
+          f"{guided / plain / 2:.2f} times two unguided forward passes)\n"
+          f"FID features  {len(big) / inception:8.2f} images/s  (InceptionV3, 299 x 299)\n"
+          f"peak memory   {memory:8.2f} GiB       (training and sampling)")
+
+
 # ---- command line ----------------------------------------------------------------------------------------------
 
 def common_flags(parser, samples, samples_help, sampler_steps):
@@ -365,6 +528,7 @@ def common_flags(parser, samples, samples_help, sampler_steps):
     group.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="same seed, same weights (on a CPU)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--out", metavar="DIR", help="run folder; default runs/<dataset>/<what>")
+    group.add_argument("--resume", action="store_true", help="go on with the unfinished run in the folder")
     group.add_argument("--steps", type=number(int, 0), help="optimiser steps; default by method and dataset")
     group.add_argument("--batch-size", type=number(int, 1, 65536), help="examples per step; default likewise")
     group.add_argument("--lr", type=number(float, 0, 10), help="learning rate; default likewise")
@@ -398,16 +562,20 @@ def main():
     parser = Parser(__doc__)
     group = common_flags(parser, 1, "images of each label combination in samples.png", 50)
     dataset_flag(group)
-    group.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     group.add_argument("--preset", choices=PRESETS, help="network; default small, and paper for cifar10")
     group = parser.add_argument_group("what to train")
     group.add_argument("--exclude-cls", nargs="+", default=[], metavar="K", help="leave classes out, by number or name")
     group.add_argument("--exclude-style", nargs="+", default=[], metavar="K", help="leave styles out")
     group.add_argument("--import", dest="import_file", metavar="FILE", help="convert a public checkpoint instead")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network, for long runs on a GPU")
+    group.add_argument("--benchmark", action="store_true", help="measure this machine's speed and stop")
     args = parser.parse_args()
 
     device = pick_device(args.device)
     preset = args.preset or ("paper" if args.dataset == "cifar10" else "small")
+    if args.benchmark:
+        return benchmark(preset, args.batch_size, device, args.compile)
     opts = dict(DEFAULTS[preset])
     if preset == "small":
         opts["steps"] = FEWER_STEPS.get(args.dataset, opts["steps"])
@@ -421,12 +589,11 @@ def main():
     what = "import" if args.import_file else "pretrain"
     for i, values in gone.items():
         what += f"-without-{FACTORS[i]}" + "-".join(map(str, values))
-    folder = run_folder(args.out, Path("runs") / args.dataset / what, keep=args.resume)
+    folder = run_folder(args.out, Path("runs") / args.dataset / what, args.resume)
     labels, layout = show_labels(names, args.samples)
 
     if args.import_file:
-        model, log = import_public(args.import_file, args.dataset, names), []
-        opts = dict(steps=0)
+        model, data, opts = import_public(args.import_file, args.dataset, names), {"log": [], "seconds": 0}, {"steps": 0}
     else:
         images, y, _ = load_data(args.dataset, "train", args.data_dir, device)
         images, y = exclude(images, y, gone)
@@ -435,12 +602,17 @@ def main():
         torch.manual_seed(args.seed)
         model = UNet(make_config(preset, images.shape[2], images.shape[1], [len(n) for n in names]))
         model = model.to(device, memory_format=torch.channels_last)
+        if args.compile:
+            compile_network(model)
         print(f"{args.dataset}: {len(images)} images {tuple(images.shape[1:])}, network {preset} with "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {opts['steps']} steps")
         preview = lambda m: save_grid(sample(m, labels, args.sampler_steps, guidance=args.guidance),
                                       folder / "samples.png", **layout)
-        model, log = train(model, images, y, flip=args.dataset == "cifar10", state_file=folder / "train.pt",
-                           resume=args.resume, preview=preview, **opts)
+        settings = {"dataset": args.dataset, "preset": preset, "excluded": gone, "seed": args.seed, **opts}
+        model, loop = train(model, images, y, flip=args.dataset == "cifar10", preview=preview, path=folder / "train.pt",
+                            resume=args.resume, settings=settings, **opts)
+        data = loop.data
+    log = data["log"]
 
     info = {"dataset": args.dataset, "names": names, "forgotten": {FACTORS[i]: v for i, v in gone.items()},
             "made_by": {"stage": what, "method": "retrain" if gone else "original", "seed": args.seed, **opts}}
@@ -455,12 +627,11 @@ def main():
         "stage": "pretrain", "dataset": args.dataset, "method": what, "excluded": info["forgotten"],
         "protocol": {"sampler": "ddim", "sampler_steps": args.sampler_steps, "guidance": args.guidance,
                      "seed": args.seed},
-        "args": vars(args), "seconds": log[-1]["seconds"] if log else 0, "steps": opts["steps"],
+        "args": vars(args), "seconds": data["seconds"], "steps": opts["steps"],
         "final_loss": log[-1]["loss"] if log else None})
-    minutes = log[-1]["seconds"] / 60 if log else 0
-    print(f"wrote {folder}/model.pt and samples.png; {minutes:.1f} minutes of training\n"
+    print(f"wrote {folder}/model.pt and samples.png; {data['seconds'] / 60:.1f} minutes of training\n"
           f"next: python unlearn.py --method dimum --cls 1 --dataset {args.dataset} --ckpt {folder}/model.pt")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

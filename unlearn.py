@@ -5,6 +5,7 @@
     python unlearn.py --method dimum --style sketch              # a style
     python unlearn.py --method sfron --cls 1 --eval-every 25     # follow the FID on the way
     python unlearn.py --method dimum --cls 1 --alternative mix --alt-size 50
+    python unlearn.py --method dimum --cls 1 --resume            # go on after a kill
 
 Methods: dimum (the paper), salun, sfron, ga, rl, finetune, retrain. Leaves runs/<dataset>/<method>-cls1/ with
 model.pt, result.json (UA, IRA, CRA and FID before and after), log.csv and samples.png (above: before, below: after).
@@ -17,12 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fid import balanced, evaluate, in_batches, load_classifier, percent, protocol
-from model import (FACTORS, Parser, Progress, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels,
-                   fail, guided_output, load_checkpoint, number, pick_device, run_folder, sample, save_checkpoint, save_grid,
+from fid import balanced, evaluate, fingerprint, in_batches, load_classifier, percent, pick, protocol
+from model import (FACTORS, Parser, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels, fail,
+                   guided_output, load_checkpoint, number, pick_device, run_folder, run_script, save_checkpoint, save_grid,
                    save_plot, write_csv, write_json)
-from train_ddpm import (DEFAULTS as PRETRAIN, common_flags, dataset_flag, exclude, find_forgotten, find_value, get_batch,
-                        learning_rate, load_data, show_labels, train)
+from train_ddpm import (DEFAULTS as PRETRAIN, Loop, common_flags, dataset_flag, exclude, find_forgotten, find_value,
+                        get_batch, learning_rate, load_data, show_labels, train)
 
 # cifar10: each method's own paper or public configuration. small: found for the small network on shapes (and used for
 # fashion). `weight` multiplies the term named in the method's docstring.
@@ -241,15 +242,16 @@ def finetune(model, task, update):
 METHODS = {"dimum": dimum, "salun": salun, "sfron": sfron, "ga": ga, "rl": rl, "finetune": finetune}
 
 
-def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=False):
-    """`steps` steps of a method from METHODS on the model, in place. Returns log rows. observe(step) every `every`.
+def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=False, **keep):
+    """`steps` steps of a method from METHODS on the model, in place. Returns the finished Loop, whose data["curve"] has
+    what observe(step) returned every `every` steps on the way. keep: path, resume and settings of Loop.
 
     Adam, clipping at norm 1 and no EMA, as in the public SalUn code. Its learning rate is constant; cosine lets it fall
     to 0, which undoes in few steps what a high rate costs in quality.
     """
     params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr)
-    if method in MASKS:
+    optimizer = torch.optim.Adam(params, lr, fused=True)
+    if method in MASKS:             # before the state of an interrupted run is loaded: the mask is the first model's
         print(f"{method}: computing its mask")
         task.mask = MASKS[method](model, task)
 
@@ -266,25 +268,17 @@ def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=Fal
         return loss.detach()
 
     model.train()
-    bar, log = Progress(method, steps), []
-    if observe and every:
-        observe(0)
-    for step in range(steps):
+    loop = Loop(method, steps, model=model, optimizer=optimizer, **keep)
+    curve = loop.data.setdefault("curve", [])
+    for step in loop:
         task.progress = step / steps
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, 0, cosine)
-        loss = METHODS[method](model, task, update)
-        if bar.due() or (step + 1) % max(steps // 100, 1) == 0:
-            value = loss.item()
-            if not math.isfinite(value):
-                fail(f"{method}: the loss is {value} at step {step + 1}; use a smaller --lr than {lr:g}")
-            log.append({"step": step + 1, "loss": round(value, 6)})
-        bar.step(f"loss {log[-1]['loss'] if log else math.nan:.4f}")
-        if observe and every and (step + 1) % every == 0:
-            observe(step + 1)
+        loop.loss = METHODS[method](model, task, update)
+        if every and (step + 1) % every == 0 and step + 1 < steps:
+            curve.append(observe(step + 1))
             model.train()
-    bar.close()
     model.eval()
-    return log
+    return loop
 
 
 # ---- command line ----------------------------------------------------------------------------------------------
@@ -315,9 +309,7 @@ def show(before, after):
 
 def main():
     parser = Parser(__doc__)
-    group = common_flags(parser, 240, "images per evaluation, a third of them under the forgotten condition", 20)
-    dataset_flag(group)
-    group.add_argument("--resume", action="store_true", help="go on with an interrupted --method retrain")
+    dataset_flag(common_flags(parser, 240, "images per evaluation, a third of them under the forgotten condition", 20))
     group = parser.add_argument_group("unlearning")
     group.add_argument("--method", choices=[*METHODS, "retrain"], default="dimum", help="how to unlearn")
     group.add_argument("--cls", nargs="+", metavar="K", help="classes to forget, by number or name")
@@ -331,8 +323,6 @@ def main():
     group.add_argument("--eval-every", type=number(int, 1), metavar="N", help="UA and FID every N steps, in fid.png")
     args = parser.parse_args()
     started, device = time.time(), pick_device(args.device)
-    if args.resume and args.method != "retrain":
-        fail("--resume is for --method retrain; the other methods take minutes: start them again")
 
     path = Path(args.ckpt) if args.ckpt else find_checkpoint(args.dataset)
     model, info = load_checkpoint(path, device)
@@ -348,7 +338,7 @@ def main():
     alternative = args.alternative or f"class:{task.substitute}"
     task.alternative_set = alternative_data(alternative, args.alt_size, images, y, names, factor, values)
     name = f"{args.method}-{FACTORS[factor]}{'-'.join(map(str, values))}"
-    folder = run_folder(args.out, Path("runs", args.dataset, name), keep=args.resume)
+    folder = run_folder(args.out, Path("runs", args.dataset, name), args.resume)
     what = ", ".join(f"{v} ({names[factor][v]})" for v in values)
     print(f"{args.method}: forget {FACTORS[factor]} {what} of {path}; {opts['steps']} steps, batch "
           f"{opts['batch_size']}, lr {opts['lr']:g}" + (f", alternative {alternative}" if args.method == "dimum" else ""))
@@ -356,38 +346,37 @@ def main():
     classifier, accuracy = load_classifier(args.dataset, args.data_dir, device)
     real, _ = balanced(*task.retain_set, max(1, 4500 // len(torch.unique(task.retain_set[1], dim=0))))
     real_features = in_batches(classifier.features, real)
-    measure = lambda m, label: evaluate(m, classifier, names, factor, values, real_features, args.samples,
-                                        args.sampler_steps, args.guidance, label=label)[0]
-    before = measure(model, "before")
-    labels, layout = show_labels(names)
-    picture = [sample(model, labels, steps=args.sampler_steps, guidance=args.guidance)]
+    measure = lambda m, label, keep=False: evaluate(m, classifier, names, factor, values, real_features, args.samples,
+                                                    args.sampler_steps, args.guidance, label=label, keep=keep)
+    before, images_before, y_eval = measure(model, "before", keep=True)
 
-    curve, training_began = [], time.time()
+    keep = dict(path=folder / "train.pt", resume=args.resume, settings={
+        "dataset": args.dataset, "method": args.method, "factor": factor, "values": values, "alternative": alternative,
+        "alt_size": args.alt_size, "seed": args.seed, "ckpt": fingerprint(model)[:12], **opts})
+    point = lambda step, metrics: {"step": step, "ua": metrics["ua"], "fid": metrics["fid"]}
     if args.method == "retrain":
         torch.manual_seed(args.seed)
         model = UNet(model.cfg).to(device, memory_format=torch.channels_last)
         base = PRETRAIN["paper" if model.cfg.width >= 128 else "small"]
         options = {**base, "steps": opts["steps"], "batch_size": opts["batch_size"], "lr": opts["lr"]}
-        model, log = train(model, *task.retain_set, flip=task.flip, state_file=folder / "train.pt", resume=args.resume,
-                           label="retrain", **options)
+        model, loop = train(model, *task.retain_set, flip=task.flip, label="retrain", **options, **keep)
     else:
-        def observe(step):
-            m = measure(model, f"step {step}")
-            curve.append({"step": step, "ua": m["ua"], "fid": m["fid"]})
-        log = run_method(args.method, model, task, opts["steps"], opts["lr"], observe, args.eval_every,
-                         cosine=model.cfg.width < 128)
-    seconds = log[-1]["seconds"] if args.method == "retrain" and log else time.time() - training_began
+        observe = lambda step: point(step, measure(model, f"step {step}")[0])
+        loop = run_method(args.method, model, task, opts["steps"], opts["lr"], observe, args.eval_every,
+                          cosine=model.cfg.width < 128, **keep)
+    after, images_after, _ = measure(model, "after")
+    curve = [point(0, before), *loop.data.get("curve", []), point(opts["steps"], after)] if args.eval_every else []
 
-    after = measure(model, "after")
-    picture.append(sample(model, labels, steps=args.sampler_steps, guidance=args.guidance))
+    labels, layout = show_labels(names)
     rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
-    save_grid(torch.cat(picture), folder / "samples.png", **{**layout, "rows": rows})
+    save_grid(torch.cat([pick(x, y_eval, labels) for x in (images_before, images_after)]), folder / "samples.png",
+              **{**layout, "rows": rows})
     forgotten = {**info.get("forgotten", {})}
     forgotten[FACTORS[factor]] = sorted({*forgotten.get(FACTORS[factor], []), *values})
     made_by = {"stage": "unlearn", "method": args.method, "from": str(path), "seed": args.seed, **opts}
     save_checkpoint(folder / "model.pt", model, {"dataset": args.dataset, "names": names, "forgotten": forgotten,
                                                  "made_by": made_by})
-    write_csv(folder / "log.csv", log)
+    write_csv(folder / "log.csv", loop.data["log"])
     if curve:
         xs = [r["step"] for r in curve]
         save_plot(folder / "fid.png", {"FID": (xs, [r["fid"] for r in curve])},
@@ -400,8 +389,9 @@ def main():
         "alternative": alternative if args.method == "dimum" else None,
         "protocol": protocol(args.dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance,
                              1234, args.seed),
-        "args": vars(args), **opts, "train_seconds": round(seconds, 1),
+        "args": vars(args), **opts, "train_seconds": loop.data["seconds"],
         "seconds": round(time.time() - started, 1)})
+    (folder / "train.pt").unlink()                 # the run is whole: there is nothing to resume
     show(before, after)
     n, m = after["ua_samples"], after["ira_samples"]
     print(f"({n} + {m} samples, {args.sampler_steps} DDIM steps, guidance {args.guidance:g}, seed {args.seed}; "
@@ -411,4 +401,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
