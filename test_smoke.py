@@ -997,6 +997,7 @@ def test_no_flag_value_ends_in_a_traceback(module, small_shapes, monkeypatch, ca
     monkeypatch.setattr(train_ddpm, "benchmark", lambda *args: None)
     monkeypatch.setattr(train_ddpm, "compile_network", lambda model: None)
     monkeypatch.setattr(unlearn, "MASKS", {})
+    monkeypatch.setattr(M, "T", 20)                    # or --sampler ddpm takes its 1,000 steps
     count = 0
     for action in actions(module, monkeypatch):
         for value, must_fail in values_for(action):
