@@ -86,8 +86,11 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]
-        return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(F.silu(self.norm1(x), inplace=not torch.is_grad_enabled()))
+        h += self.emb(emb)[:, :, None, None]       # in place: a convolution's output is not needed for its gradient
+        h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=not torch.is_grad_enabled())))
+        h += self.shortcut(x)
+        return h
 
 
 class Attention(nn.Module):
@@ -105,6 +108,19 @@ class Attention(nn.Module):
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))      # (B, H*W, C)
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+def upsampled_conv(x, conv):
+    """conv (3x3) of x doubled by nearest neighbour: x (B, C, H, W) -> (B, C, 2H, 2W), with 4/9 of the multiplications.
+
+    A pixel of the output sees only 2 x 2 different pixels of x, so the two are one transposed convolution of stride 2,
+    whose 4x4 kernel is the 3x3 one smeared over 2 x 2. At very low resolutions making that kernel costs more.
+    """
+    if x.shape[2] < 8:
+        return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    k = F.pad(conv.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+    k = k[:, :, 1:, 1:] + k[:, :, 1:, :-1] + k[:, :, :-1, 1:] + k[:, :, :-1, :-1]
+    return F.conv_transpose2d(x, k.contiguous(memory_format=torch.channels_last), conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
@@ -183,7 +199,7 @@ class UNet(nn.Module):
             for block, attn in zip(level.blocks, level.attns):
                 h = attn(block(torch.cat([h, skips.pop()], 1), emb))
             if level.resample is not None:
-                h = level.resample(F.interpolate(h, scale_factor=2, mode="nearest"))
+                h = upsampled_conv(h, level.resample)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
