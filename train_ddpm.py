@@ -606,7 +606,7 @@ def main():
             compile_network(model)
         print(f"{args.dataset}: {len(images)} images {tuple(images.shape[1:])}, network {preset} with "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {opts['steps']} steps")
-        preview = lambda m: save_grid(sample(m, labels, args.sampler_steps, guidance=args.guidance),
+        preview = lambda m: save_grid(sample(m, labels, min(args.sampler_steps, 20), guidance=args.guidance),
                                       folder / "samples.png", **layout)
         settings = {"dataset": args.dataset, "preset": preset, "excluded": gone, "seed": args.seed, **opts}
         model, loop = train(model, images, y, flip=args.dataset == "cifar10", preview=preview, path=folder / "train.pt",
