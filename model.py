@@ -352,6 +352,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
+        torch.backends.cudnn.benchmark = True      # shapes repeat: let cuDNN time its algorithms once
         return torch.device(name)
     except (RuntimeError, AssertionError) as e:
         fail(f"device '{name}' cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
