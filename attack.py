@@ -16,16 +16,16 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from fid import (balanced, evaluate, find_images, fingerprint, in_batches, load_classifier, percent, pick, protocol)
-from model import (FACTORS, Parser, diffusion_loss, fail, load_checkpoint, number, pick_device, run_folder, run_script,
-                   sample, save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_file, write_json)
-from train_ddpm import Loop, all_labels, common_flags, exclude, find_forgotten, get_batch, load_data, show_labels
+from fid import balanced, evaluate, in_batches, load_classifier, percent, pick, protocol
+from model import (FACTORS, Parser, diffusion_loss, fail, fingerprint, load_checkpoint, number, pick_device, run_folder,
+                   run_script, sample, save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_file,
+                   write_json)
+from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
+                        load_data, read_image, show_labels)
 
-# cifar10: our reading of the paper's setting; small: found on shapes. Steps, batch, learning rate, and the curve's grid.
+# cifar10: our reading of the paper's setting; small: found on shapes. every: steps between points of the curve.
 DEFAULTS = {"cifar10": dict(steps=5000, batch_size=128, lr=1e-4, every=500),
             "small": dict(steps=300, batch_size=32, lr=1e-3, every=75)}
 
@@ -39,7 +39,8 @@ def auxiliary_set(aux, model, dataset, data_dir, device, names, gone, generated=
     conditions only, so that the rule holds whatever the model draws), or a folder whose subfolders name the labels.
     """
     if aux in ("retain", "heldout"):
-        images, y, _ = load_data(dataset, "train" if aux == "retain" else "test", data_dir, device)
+        split = "train" if aux == "retain" else "test"
+        images, y, _ = load_data(dataset, split, data_dir, device, model.cfg.image_size)
         return exclude(images, y, gone)
     if aux == "generated":
         cells = all_labels(names, 1)
@@ -60,14 +61,12 @@ def read_labelled_folder(folder, model, names):
     paths = find_images(folder)
     if not paths:
         fail(f"--aux {folder} is neither retain, heldout nor generated, nor a folder with images in it")
-    size, null, images, labels = model.cfg.image_size, model.null.cpu(), [], []
+    null, images, labels = model.null.cpu(), [], []
     for path in paths:
         try:
-            picture = Image.open(path).convert("L" if model.cfg.channels == 1 else "RGB")
-        except OSError:
+            images.append(read_image(path, model.cfg.image_size, "L" if model.cfg.channels == 1 else "RGB"))
+        except BROKEN:
             fail(f"{path} is not a readable image; remove it")
-        array = np.array(picture.resize((size, size), Image.LANCZOS))
-        images.append(torch.from_numpy(array.reshape(size, size, -1)).permute(2, 0, 1))
         parts = [part.lower() for part in path.parent.parts]
         found = [[i for i, n in enumerate(factor) if n.lower() in parts] for factor in names]
         labels.append(torch.tensor([f[0] for f in found]) if all(found) else null)
@@ -147,8 +146,8 @@ def make_table(folder):
         fail(f"no results of unlearn.py or attack.py under {folder}; run 'python unlearn.py --cls 1' first")
 
     def curves(method, like):
-        same = ("dataset", "forget", "aux")
-        return next((r["curve"] for _, r in attacks if r["method"] == method and all(r[k] == like[k] for k in same)), None)
+        same = [r for _, r in attacks if all(r[k] == like[k] for k in ("dataset", "forget", "aux"))]
+        return next((r["curve"] for r in same if r["method"] == method), None)
     head = ("run", "forgets", "steps", "seconds", "UA", "IRA", "CRA", "FID before", "FID after", "AR after attack",
             "irreversibility")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -173,10 +172,11 @@ def make_table(folder):
             lines.append(f"| {path.name} | {' '.join(a['forget']['names'])} |" + " - |" * 7 + f" {final(a)} | - |")
     some = next(iter([r for _, r in unlearned] or [r for _, r in attacks]))
     notes = some["protocol"]
-    lines += ["", f"Shares in %, AR with its 95 % Wilson interval. Dataset {notes['dataset']}; {notes['forget_samples']} + "
-              f"{notes['retain_samples']} samples, {notes['sampler'].upper()} {notes['sampler_steps']} steps, guidance "
-              f"{notes['guidance']:g}, seed {notes['seed']}; FID on {notes['fid_features']} features against "
-              f"{notes['real_images']} training images. Seconds are those of the unlearning alone."]
+    lines += ["", f"Shares in %, AR with its 95 % Wilson interval. Dataset {notes['dataset']}; "
+              f"{notes['forget_samples']} + {notes['retain_samples']} samples, {notes['sampler'].upper()} "
+              f"{notes['sampler_steps']} steps, guidance {notes['guidance']:g}, seed {notes['seed']}; FID on "
+              f"{notes['fid_features']} features against {notes['real_images']} training images. Seconds are those of "
+              "the unlearning alone."]
     text = "\n".join(lines)
     write_file(Path(folder, "table.md"), lambda p: p.write_text(text + "\n"))
     print(text + f"\n\nwrote {folder}/table.md")
@@ -234,25 +234,27 @@ def main():
           f"{opts['batch_size']}, lr {opts['lr']:g}; counting {FACTORS[factor]} "
           f"{', '.join(names[factor][v] for v in values)}")
 
-    classifier, accuracy = load_classifier(dataset, args.data_dir, device)
-    kept, kept_y, _ = load_data(dataset, "train", args.data_dir, device)
+    classifier, accuracy = load_classifier(dataset, args.data_dir, device, names, model.cfg.image_size)
+    kept, kept_y, _ = load_data(dataset, "train", args.data_dir, device, model.cfg.image_size)
     kept, kept_y = exclude(kept, kept_y, gone)
     real, _ = balanced(kept, kept_y, max(1, 4500 // len(torch.unique(kept_y, dim=0))))
     real_features = in_batches(classifier.features, real)
 
     def measure(step, keep=False):
-        metrics, pictures, y_eval = evaluate(model, classifier, names, factor, values, real_features, args.samples,
+        metrics, pictures, y_eval = evaluate(model, classifier, names, gone, factor, real_features, args.samples,
                                              args.sampler_steps, args.guidance, label=f"step {step}", keep=keep)
         point = curve_point(step, metrics)
         print(f"step {step:>6}: AR {100 * point['ar']:5.1f} % [{100 * point['ar_low']:.1f}, "
-              f"{100 * point['ar_high']:.1f}]   IRA {percent(metrics, 'ira')}   FID {metrics['fid']:.3f}", flush=True)
+              f"{100 * point['ar_high']:.1f}]   IRA {percent(metrics, 'ira')}   FID {metrics['fid'] or math.nan:.3f}",
+              flush=True)
         return metrics, point, pick(pictures, y_eval, labels)
     labels, layout = show_labels(names)
     before, first_point, picture_before = measure(0, keep=True)
     settings = {"dataset": dataset, "run": run_name, "aux": args.aux, "factor": factor, "values": values,
                 "seed": args.seed, "ckpt": fingerprint(model)[:12], **opts}
     loop = dimra(model, images, y, opts["steps"], opts["batch_size"], opts["lr"], lambda step: measure(step)[1],
-                 opts["every"], flip=dataset == "cifar10", path=folder / "train.pt", resume=args.resume, settings=settings)
+                 opts["every"], flip=dataset == "cifar10", path=folder / "train.pt", resume=args.resume,
+                 settings=settings)
     after, last_point, picture_after = measure(opts["steps"])
     curve = [first_point, *loop.data["curve"], last_point]
 
@@ -275,6 +277,8 @@ def main():
         "protocol": protocol(dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance, 1234,
                              args.seed), "args": vars(args), **opts, "seconds": round(time.time() - started, 1)})
     (folder / "train.pt").unlink()                 # the run is whole: there is nothing to resume
+    if len(after["ua_of"]) > 1:
+        print("AR of each: " + ", ".join(f"{name} {100 - 100 * ua:.1f} %" for name, ua in after["ua_of"].items()))
     print(f"({curve[-1]['step']} attack steps; {after['ua_samples']} + {after['ira_samples']} samples a point, "
           f"{args.sampler_steps} DDIM steps, guidance {args.guidance:g}; 95 % intervals)\n"
           f"wrote {folder}/result.json, curve.png and samples.png in {time.time() - started:.0f} seconds\n"

@@ -10,7 +10,6 @@ REAL and FAKE are each a folder of images, a checkpoint (samples are drawn from 
 dataset's real images). FID uses InceptionV3 for two folders, and for the rest the features of the dataset's own
 classifier, which know what matters in it; the two are never comparable, and the output always names the features.
 """
-import hashlib
 import math
 import time
 from pathlib import Path
@@ -22,32 +21,35 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-from model import (FACTORS, Parser, Progress, autocast_on, fail, load_checkpoint, load_verified, pick_device, read_file,
+from model import (FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, pick_device, read_file,
                    run_folder, run_script, sample, save_grid, save_torch, to_uint8, write_json)
-from train_ddpm import Loop, all_labels, common_flags, dataset_flag, get_batch, label_names, learning_rate, load_data
+from train_ddpm import (Loop, all_labels, common_flags, dataset_flag, exclude, find_images, get_batch, label_names,
+                        learning_rate, load_data)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")          # the name ends with the start of its SHA-256
 CLASSIFIER = {                                                    # width, steps at batch 128
-    "shapes": (16, 600), "fashion": (32, 1500), "cifar10": (64, 8000),
+    "shapes": (16, 600), "fashion": (32, 1500), "cifar10": (64, 8000), "folder": (64, 8000),
 }
+# What a kept evaluation depends on besides its inputs: change a line here, and nothing old is looked up.
+CODE = [Path(__file__).with_name(name).read_bytes() for name in ("model.py", "train_ddpm.py", "fid.py")]
 
 
 # ---- the classifier --------------------------------------------------------------------------------------------
 
 class Classifier(nn.Module):
-    """A small CNN that names the class (and the style). x (B, C, 32, 32) in [-1, 1] -> a list of logits per factor.
+    """A small CNN that names the class (and the style). x (B, C, size, size) in [-1, 1] -> a list of logits per factor.
 
     `features(x)` (B, 4 * width) are what it knows about an image before naming it; they serve as FID features.
     """
 
-    def __init__(self, channels, classes, width):
+    def __init__(self, channels, classes, width, size=32):
         super().__init__()
-        self.args = dict(channels=channels, classes=list(classes), width=width)
+        self.args = dict(channels=channels, classes=list(classes), width=width, size=size)
         block = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b),
                                                    nn.ReLU())
         w = width
-        self.body = nn.Sequential(block(channels, w, 1), block(w, 2 * w, 2), block(2 * w, 2 * w, 1),
+        self.body = nn.Sequential(block(channels, w, size // 32), block(w, 2 * w, 2), block(2 * w, 2 * w, 1),
                                   block(2 * w, 4 * w, 2), block(4 * w, 4 * w, 1), block(4 * w, 4 * w, 2))
         self.embed = nn.Sequential(nn.Flatten(), nn.Linear(64 * w, 4 * w), nn.ReLU())       # keeps where things are
         self.heads = nn.ModuleList(nn.Linear(4 * w, n) for n in classes)
@@ -76,14 +78,15 @@ def predict(classifier, images):
     return in_batches(lambda x: torch.stack([logits.argmax(1) for logits in classifier(x)], 1), images)
 
 
-def train_classifier(dataset, data_dir, device, seed=0, steps=None, batch_size=128, lr=3e-3, **keep):
+def train_classifier(dataset, data_dir, device, size, seed=0, steps=None, batch_size=128, lr=3e-3, **keep):
     """Train on the train split; returns (classifier, accuracy on the test split per factor, the Loop). Images are
     shifted by up to 2 pixels and a little noise is added, so that a generated image's small faults do not decide."""
     torch.manual_seed(seed)
-    images, y, names = load_data(dataset, "train", data_dir, device)
+    images, y, names = load_data(dataset, "train", data_dir, device, size)
     width, default_steps = CLASSIFIER[dataset]
     steps = default_steps if steps is None else steps
-    net = Classifier(images.shape[1], [len(n) for n in names], width).to(device, memory_format=torch.channels_last)
+    net = Classifier(images.shape[1], [len(n) for n in names], width, images.shape[2])
+    net = net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
     settings = dict(dataset=dataset, seed=seed, steps=steps, batch_size=batch_size, lr=lr)
     loop = Loop("classifier", steps, settings=settings, model=net, optimizer=optimizer, **keep)
@@ -98,7 +101,7 @@ def train_classifier(dataset, data_dir, device, seed=0, steps=None, batch_size=1
         optimizer.step()
         loop.loss = loss.detach()
     net.eval()
-    x, labels, _ = load_data(dataset, "test", data_dir, device)
+    x, labels, _ = load_data(dataset, "test", data_dir, device, size)
     return net, (predict(net, x) == labels.cpu()).double().mean(0).tolist(), loop
 
 
@@ -108,23 +111,26 @@ def save_classifier(path, net, dataset, accuracy):
                       "weights": weights})
 
 
-def load_classifier(dataset, data_dir, device):
-    """The dataset's classifier: the newest trained here, else the shipped one, else it is trained now."""
+def load_classifier(dataset, data_dir, device, names, size=32):
+    """The dataset's classifier: the one trained here, else the shipped one, else it is trained now. names and size say
+    what it must know and see."""
     trained = Path("runs", dataset, "classifier", "model.pt")
     shipped = Path(__file__).parent / "assets" / f"{dataset}_classifier.pt"
     path = trained if trained.is_file() else shipped
     if not path.is_file():
         print(f"{dataset} has no classifier yet; training one (kept in {trained})")
         with torch.random.fork_rng():              # whether there was one already must not change the caller's seed
-            net, accuracy, _ = train_classifier(dataset, data_dir, device)
+            net, accuracy, _ = train_classifier(dataset, data_dir, device, size)
         save_classifier(trained, net, dataset, accuracy)
         path = trained
     data = read_file(path, "classifier")
     try:
         net = Classifier(**data["args"])
         net.load_state_dict(data["weights"])
-    except (RuntimeError, TypeError, KeyError) as e:
-        fail(f"{path} does not fit this code's classifier ({str(e).splitlines()[0]}); delete it, or train it again with "
+        if (net.args["classes"], net.args["size"]) != ([len(n) for n in names], size):
+            raise ValueError("other labels or another image size")
+    except (RuntimeError, TypeError, KeyError, ValueError) as e:
+        fail(f"{path} does not fit ({str(e).splitlines()[0]}); delete it, or train it again with "
              f"'python fid.py --train-classifier --dataset {dataset}'")
     return net.float().to(device, memory_format=torch.channels_last).eval(), data["accuracy"]
 
@@ -204,33 +210,6 @@ def inception(weights=None, device="cpu"):
     return lambda x: net(F.interpolate(x.to(device).expand(-1, 3, -1, -1), (299, 299), mode="bilinear")), net
 
 
-# ---- nothing twice ---------------------------------------------------------------------------------------------
-
-def fingerprint(*things):
-    """SHA-256 over tensors, networks (their weights) and plain values."""
-    digest = hashlib.sha256()
-    for thing in things:
-        for part in thing.state_dict().values() if isinstance(thing, nn.Module) else [thing]:
-            if isinstance(part, torch.Tensor):
-                digest.update(repr((part.dtype, part.shape)).encode())
-                part = part.detach().cpu().contiguous().numpy().tobytes()
-            digest.update(part if isinstance(part, bytes) else repr(part).encode())
-    return digest.hexdigest()
-
-
-def cached(compute, *inputs):
-    """compute()'s tensors and plain values, kept in runs/cache under the fingerprint of all that they depend on:
-    the inputs and the code itself, so that a change of either computes them anew."""
-    code = [Path(__file__).with_name(name).read_bytes() for name in ("model.py", "train_ddpm.py", "fid.py")]
-    path = Path("runs", "cache", f"{fingerprint(*code, *inputs)}.pt")
-    try:
-        return load_verified(path)
-    except ValueError:
-        value = compute()
-        save_torch(path, value, required=False)
-        return value
-
-
 # ---- evaluation of a conditional model -------------------------------------------------------------------------
 
 def balanced(images, y, per_cell):
@@ -240,25 +219,28 @@ def balanced(images, y, per_cell):
     return images[index], y[index]
 
 
-def split_labels(names, factor, values, samples):
-    """Labels to sample: (forgotten (N1, F), retained (N2, F)). A third of `samples` goes to the forgotten conditions,
-    the rest to the retained ones, spread evenly over all combinations (at least one each)."""
+def split_labels(names, gone, samples):
+    """Labels to sample: (forgotten (N1, F), retained (N2, F)). A third of `samples` goes to the conditions with a value
+    of gone, {factor: [value, ...]}, the rest to the others, spread evenly over all combinations (at least one each)."""
     cells = all_labels(names, 1)
-    gone = torch.isin(cells[:, factor], torch.tensor(values))
+    _, kept = exclude(cells, cells, gone)
+    forgotten = cells[~(cells[:, None] == kept).all(2).any(1)]
     share = lambda part, n: part.repeat_interleave(max(1, round(n / max(len(part), 1))), 0)
-    return share(cells[gone], samples / 3), share(cells[~gone], samples * 2 / 3)
+    return share(forgotten, samples / 3), share(kept, samples * 2 / 3)
 
 
-def score(images, y, classifier, factor, values, real_features):
+def score(images, y, classifier, gone, factor, names, real_features):
     """The metrics of samples (N, C, H, W) drawn for labels y (N, F): shares as fractions with 95 % intervals.
 
-    ua: samples of the forgotten conditions not recognised as the forgotten value. ira: samples of the retained
-    conditions whose value of this factor is recognised. cra: the same samples, the other factor (None if there is
-    none). fid, precision, recall: the retained samples against real_features (M, D). Source of the names:
-    UnlearnCanvas (Zhang et al. 2402.11846).
+    ua: samples of the forgotten conditions, those with a value of gone, in which no forgotten value that was asked for
+    is recognised; ua_of says it for each value alone. ira: samples of the retained conditions whose value of `factor`
+    is recognised. cra: the same samples, the other factor (None if there is none). fid, precision, recall: the retained
+    samples against real_features (M, D). Source of the names: UnlearnCanvas (Zhang et al. 2402.11846).
     """
-    gone = torch.isin(y[:, factor], torch.tensor(values))
     hit = predict(classifier, images) == y
+    asked = {(f, v): y[:, f] == v for f, values in gone.items() for v in values}
+    shown = torch.stack([hit[:, f] & of for (f, _), of in asked.items()]).any(0)
+    forgotten = torch.stack(list(asked.values())).any(0)
     result = {}
 
     def put(name, hits):
@@ -266,11 +248,13 @@ def score(images, y, classifier, factor, values, real_features):
         low, high = wilson(int(hits.sum()), n) if n else (None, None)
         result.update({name: float(hits.double().mean()) if n else None, f"{name}_low": low, f"{name}_high": high,
                        f"{name}_samples": n})
-    put("ua", ~hit[gone, factor])
-    put("ira", hit[~gone, factor])
-    put("cra", hit[~gone, 1 - factor] if y.shape[1] > 1 else hit[:0, 0])
-    kept = images[~gone]
-    if len(kept) > 1:
+    put("ua", ~shown[forgotten])
+    put("ira", hit[~forgotten, factor])
+    put("cra", hit[~forgotten, 1 - factor] if y.shape[1] > 1 else hit[:0, 0])
+    result["ua_of"] = {f"{FACTORS[f]} {names[f][v]}": float((~hit[of, f]).double().mean())
+                       for (f, v), of in asked.items()}
+    kept = images[~forgotten]
+    if len(kept) > 1 and len(real_features) > 1:
         features = in_batches(classifier.features, kept)
         result["fid"] = frechet_distance(*statistics(real_features), *statistics(features))
         result["precision"], result["recall"] = precision_recall(real_features[:2000], features)
@@ -280,20 +264,20 @@ def score(images, y, classifier, factor, values, real_features):
     return result
 
 
-def evaluate(model, classifier, names, factor, values, real_features, samples=240, steps=20, guidance=2.0, seed=1234,
+def evaluate(model, classifier, names, gone, factor, real_features, samples=240, steps=20, guidance=2.0, seed=1234,
              label="evaluation", keep=False):
     """Sample forgotten and retained conditions (DDIM, guided) and score them. Returns (metrics, images uint8, labels).
     keep: look the answer up if this model has been evaluated like this before, else keep it."""
-    y = torch.cat(split_labels(names, factor, values, samples))
+    y = torch.cat(split_labels(names, gone, samples))
 
     def compute():
         images = sample(model, y, steps=steps, guidance=guidance, seed=seed, label=label)
-        return score(images, y, classifier, factor, values, real_features), to_uint8(images).cpu(), y
+        return score(images, y, classifier, gone, factor, names, real_features), to_uint8(images).cpu(), y
     if not keep:
         return compute()
     device = model.null.device.type
-    return cached(compute, model, model.cfg, classifier, real_features, y, steps, guidance, seed, factor, values, device,
-                  autocast_on(model.null.device))
+    return cached(compute, *CODE, model, model.cfg, classifier, real_features, y, steps, guidance, seed, gone, factor,
+                  device, autocast_on(model.null.device))
 
 
 def pick(images, y, wanted):
@@ -323,12 +307,6 @@ def percent(metrics, name):
 
 # ---- command line ----------------------------------------------------------------------------------------------
 
-def find_images(folder):
-    """The sorted paths of all image files under a folder."""
-    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds)
-
-
 def read_folder(folder):
     """All images under a folder as uint8 (N, 3, H, W); all must have one size."""
     paths = find_images(folder)
@@ -347,11 +325,9 @@ def read_folder(folder):
 
 def images_from(source, args, device):
     """(uint8 images, labels or None, how they came) for a folder, a checkpoint, or "train"/"test"."""
-    names = label_names(args.dataset)
-    cells = len(all_labels(names, 1))
     if source in ("train", "test"):
-        x, y, _ = load_data(args.dataset, source, args.data_dir)
-        x, y = balanced(x, y, max(1, args.samples // cells))
+        x, y, names = load_data(args.dataset, source, args.data_dir, size=args.image_size)
+        x, y = balanced(x, y, max(1, args.samples // len(all_labels(names, 1))))
         return x, y, f"{args.dataset} {source} split"
     if Path(source).is_dir() and not Path(source, "model.pt").is_file():
         return read_folder(source), None, "folder"
@@ -359,7 +335,8 @@ def images_from(source, args, device):
     model, info = load_checkpoint(path, device)
     if info["dataset"] != args.dataset:
         fail(f"{path} draws {info['dataset']}; add --dataset {info['dataset']}")
-    y = all_labels(names, max(1, args.samples // cells))
+    y = all_labels(info["names"], 1)
+    y = y.repeat_interleave(max(1, args.samples // len(y)), 0)
     x = sample(model, y, steps=args.sampler_steps, guidance=args.guidance, sampler=args.sampler, seed=args.seed,
                label="samples")
     steps = 1000 if args.sampler == "ddpm" else args.sampler_steps
@@ -385,35 +362,39 @@ def main():
     if args.train_classifier:
         folder = run_folder(args.out, Path("runs") / args.dataset / "classifier", args.resume)
         options = {k: v for k in ("steps", "batch_size", "lr") if (v := getattr(args, k)) is not None}
-        net, accuracy, loop = train_classifier(args.dataset, args.data_dir, device, args.seed, **options,
-                                               path=folder / "train.pt", resume=args.resume)
+        net, accuracy, loop = train_classifier(args.dataset, args.data_dir, device, args.image_size, args.seed,
+                                               path=folder / "train.pt", resume=args.resume, **options)
         save_classifier(folder / "model.pt", net, args.dataset, accuracy)
-        x, y, names = load_data(args.dataset, "test", args.data_dir, device)
+        x, y, _ = load_data(args.dataset, "test", args.data_dir, device, args.image_size)
         wrong = (predict(net, x) != y.cpu()).any(1).nonzero()[:40, 0]
         save_grid(x[wrong if len(wrong) else slice(0, 40)], folder / "samples.png", columns=10)
         write_json(folder / "result.json", {
-            "stage": "classifier", "dataset": args.dataset, "accuracy": dict(zip(FACTORS, accuracy)), "args": vars(args),
+            "stage": "classifier", "dataset": args.dataset, "accuracy": dict(zip(FACTORS, accuracy)),
+            "args": vars(args),
             "protocol": {"split": "test", "images": len(x), "seed": args.seed}, "steps": loop.steps,
             "seconds": loop.data["seconds"]})
         print("accuracy on the test split: " + ", ".join(f"{f} {100 * a:.2f} %" for f, a in zip(FACTORS, accuracy)))
+        model = "assets/shapes.pt" if args.dataset == "shapes" else f"runs/{args.dataset}/pretrain"
         print(f"wrote {folder}/model.pt, and samples.png with images it gets wrong\n"
-              f"next: python fid.py test {'assets/shapes.pt' if args.dataset == 'shapes' else f'runs/{args.dataset}/pretrain'}"
-              f" --dataset {args.dataset}")
+              f"next: python fid.py test {model} --dataset {args.dataset}")
         return
     if not args.real or not args.fake:
         fail("name two sources, such as: python fid.py test assets/shapes.pt; see 'python fid.py --help'")
 
     (real, _, real_how), (fake, y, fake_how) = (images_from(s, args, device) for s in (args.real, args.fake))
+    if min(len(real), len(fake)) < 2:
+        fail(f"there are {len(real)} real and {len(fake)} fake images; FID needs at least two of each")
     kind = args.features or ("inception" if real_how == fake_how == "folder" else "classifier")
     result = {"stage": "fid", "dataset": args.dataset, "real": args.real, "fake": args.fake, "fid_features": kind}
     accuracy = None
     if kind == "inception":
         extract, network = inception(args.inception_weights, device)
     else:
-        classifier, accuracy = load_classifier(args.dataset, args.data_dir, device)
+        names, size = label_names(args.dataset, args.data_dir), real.shape[2] if args.dataset == "folder" else 32
+        if real.shape[2:] != (size, size) or fake.shape[2:] != (size, size):
+            fail(f"the classifier looks at {size} x {size} images only; use --features inception for these")
+        classifier, accuracy = load_classifier(args.dataset, args.data_dir, device, names, size)
         channels = classifier.args["channels"]
-        if real.shape[2:] != (32, 32) or fake.shape[2:] != (32, 32):
-            fail("the classifier looks at 32 x 32 images only; use --features inception for these")
         real, fake = (x.float().mean(1, keepdim=True).to(torch.uint8) if x.shape[1] > channels else
                       x.expand(-1, channels, -1, -1) for x in (real, fake))
         extract, network = lambda x: classifier.features(x.to(device)), classifier
@@ -424,7 +405,7 @@ def main():
                 low, high = wilson(int(hits[:, i].sum()), len(hits))
                 result.update({factor: hits[:, i].double().mean().item(), f"{factor}_low": low, f"{factor}_high": high})
                 print(f"{factor} recognised: {percent(result, factor)}")
-    f1 = cached(lambda: in_batches(extract, real, 50, "real"), real, kind, network)
+    f1 = cached(lambda: in_batches(extract, real, 50, "real"), *CODE, real, kind, network)
     f2 = in_batches(extract, fake, 50, "fake")
     result["fid"] = frechet_distance(*statistics(f1), *statistics(f2))
     result["precision"], result["recall"] = precision_recall(f1, f2)

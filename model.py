@@ -10,6 +10,7 @@ Symbols are those of DDPM (Ho et al. 2006.11239): x_t = sqrt(a_t) x_0 + sqrt(1 -
 `model.null` stands for "no condition" (classifier-free guidance, Ho & Salimans 2207.12598).
 """
 import argparse
+import hashlib
 import io
 import json
 import math
@@ -66,8 +67,11 @@ PRESETS = {
 
 
 def make_config(preset, image_size, channels, classes):
-    """The preset's UNetConfig for images (channels, image_size, image_size) and these numbers of label values."""
-    return replace(PRESETS[preset], image_size=image_size, channels=channels, classes=tuple(classes))
+    """The preset's UNetConfig for images (channels, image_size, image_size) and these numbers of label values. Every
+    doubling of 32 x 32 adds a resolution at the bottom."""
+    cfg = PRESETS[preset]
+    mult = cfg.mult + cfg.mult[-1:] * int(math.log2(image_size // 32))
+    return replace(cfg, image_size=image_size, channels=channels, classes=tuple(classes), mult=mult)
 
 
 class ResBlock(nn.Module):
@@ -265,7 +269,7 @@ def split_output(model, out, x_t, a):
 
 
 def ddpm_posterior():
-    """q(x_{t-1} | x_t, x_0) for every t (DDPM equations 6-7): coefficients of x_0 and of x_t, variance; float64 (T,)."""
+    """q(x_{t-1} | x_t, x_0) for every t (DDPM equations 6-7): coefficients of x_0, of x_t, variance; float64 (T,)."""
     betas, a = linear_schedule()
     a_prev = torch.cat([torch.ones(1, dtype=torch.float64), a[:-1]])
     return (a_prev.sqrt() * betas / (1 - a), (1 - betas).sqrt() * (1 - a_prev) / (1 - a),
@@ -546,8 +550,8 @@ def load_verified(path):
             if archive.testzip():
                 raise ValueError("wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError,
-            KeyError, AttributeError, ImportError) as e:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError,
+            OSError, KeyError, AttributeError, ImportError) as e:
         raise ValueError(str(e)) from e
 
 
@@ -577,6 +581,29 @@ def load_checkpoint(path, device="cpu"):
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as e:
         fail(f"{path} does not fit this code's network ({str(e).splitlines()[0]}); train or convert it again")
     return model.to(device, memory_format=torch.channels_last).eval(), data
+
+
+def fingerprint(*things):
+    """SHA-256 over tensors, networks (their weights) and plain values."""
+    digest = hashlib.sha256()
+    for thing in things:
+        for part in thing.state_dict().values() if isinstance(thing, nn.Module) else [thing]:
+            if isinstance(part, torch.Tensor):
+                digest.update(repr((part.dtype, part.shape)).encode())
+                part = part.detach().cpu().contiguous().numpy().tobytes()
+            digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()
+
+
+def cached(compute, *inputs):
+    """compute()'s tensors and plain values, kept in runs/cache under the fingerprint of all that they depend on."""
+    path = Path("runs", "cache", f"{fingerprint(*inputs)}.pt")
+    try:
+        return load_verified(path)
+    except ValueError:
+        value = compute()
+        save_torch(path, value, required=False)
+        return value
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------

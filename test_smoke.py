@@ -308,6 +308,68 @@ def test_fashion_is_read_from_gz_files_and_padded():
     assert y[:, 0].tolist() == [i % 10 for i in range(40)] and names[0][9] == "Ankle boot"
 
 
+def make_folder(root, styles, objects, n=3):
+    """A tree in UnlearnCanvas's layout, with pictures of every mode."""
+    modes = ("RGB", "L", "CMYK", "P", "RGBA", "LA")
+    rng = np.random.default_rng(0)
+    for i, style in enumerate(styles):
+        for j, name in enumerate(objects):
+            folder = Path(root, style, name)
+            folder.mkdir(parents=True)
+            for k in range(n):
+                pixels = rng.integers(0, 256, (40 + 8 * k, 50, 3), dtype=np.uint8)
+                mode = modes[(i + j + k) % len(modes)]
+                kind = "jpg" if mode in ("RGB", "L", "CMYK") else "png"
+                Image.fromarray(pixels).convert("RGB").convert(mode).save(folder / f"{k}.{kind}")
+
+
+def test_a_folder_is_decoded_once_and_again_when_it_changes(capsys):
+    make_folder("art", ("Van Gogh", "Seed_Images", "Cubism"), ("Dogs", "Human Face"), n=10)
+    Path("art/Cubism/Dogs/0.jpg").write_bytes(b"not a picture")
+    Path("art/Cubism/Dogs/notes.txt").write_text("skip me")
+    x, y, names = train_ddpm.load_data("folder", "train", "art", size=32)
+    out = capsys.readouterr().out
+    assert "skipped art/Cubism/Dogs/0.jpg" in out and "skipped 1 of 60" in out
+    assert names == [["Dogs", "Human Face"], ["Cubism", "Seed_Images", "Van Gogh"]]
+    test, test_y, _ = train_ddpm.load_data("folder", "test", "art", size=32)
+    assert "skipped" not in capsys.readouterr().out
+    assert x.shape[1:] == (3, 32, 32) and x.dtype == torch.uint8 and len(x) + len(test) == 59 and 1 <= len(test) < 15
+    assert torch.equal(x, train_ddpm.load_data("folder", "train", "art", size=32)[0])
+    Image.new("RGB", (30, 30), (1, 2, 3)).save("art/Cubism/Dogs/0.jpg")
+    again = [train_ddpm.load_data("folder", split, "art", size=32)[0] for split in ("train", "test")]
+    assert sum(map(len, again)) == 60
+
+    Image.new("LA", (64, 32), (0, 0)).save("clear.png")           # transparent black, twice as wide as high
+    assert (train_ddpm.read_image("clear.png", 32) == 255).all()
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 200
+    Image.fromarray(wide).save("wide.png")
+    assert (train_ddpm.read_image("wide.png", 16)[:, :, 2:-2] > 195).all()          # the central square
+
+    for i in range(1, 10):
+        Path(f"art/Cubism/Dogs/{i}.jpg").write_bytes(b"broken")
+        Path(f"art/Cubism/Human Face/{i}.jpg").write_bytes(b"broken")
+    assert "more than a fifth" in refused(capsys, train_ddpm, "--dataset", "folder", "--data-dir", "art")
+    Path("art/stray.png").write_bytes(Path("clear.png").read_bytes())
+    assert "at one depth" in refused(capsys, train_ddpm, "--dataset", "folder", "--data-dir", "art")
+    assert "--data-dir" in refused(capsys, train_ddpm, "--dataset", "folder", "--data-dir", "nowhere")
+
+
+def test_a_folder_goes_through_all_stages_at_64_pixels(monkeypatch):
+    make_folder("art", ("Van Gogh", "Seed_Images"), ("Dogs", "Human Face", "Bears"), n=8)
+    monkeypatch.setitem(M.PRESETS, "small", M.UNetConfig(width=8, mult=(1, 1), groups=4, attention=()))
+    data = ("--dataset", "folder", "--data-dir", "art")
+    run(fid, *data, "--train-classifier", "--steps", 2, "--batch-size", 4)
+    run(train_ddpm, *data, *QUICK)
+    net, info = M.load_checkpoint("runs/folder/pretrain/model.pt")
+    assert net.cfg.image_size == 64 and net.cfg.mult == (1, 1, 1)
+    run(unlearn, *data, "--style", "van gogh", *QUICK)
+    run(attack, "runs/folder/dimum-style1", "--data-dir", "art", *QUICK)
+    run(fid, "test", "runs/folder/dimum-style1", *data, "--samples", 10, "--sampler-steps", 1)
+    result = json.loads(Path("runs/folder/attack-dimum-style1-retain/result.json").read_text())
+    assert result["forget"]["names"] == ["Van Gogh"]
+
+
 def make_cifar10(monkeypatch, n=20):
     """CIFAR-10's files in torchvision's exact format, and torchvision's checksums replaced by theirs."""
     folder = Path("data/cifar-10-batches-py")
@@ -449,14 +511,15 @@ def test_excluded_values_are_not_trained_on():
 def make_task(factor=0, values=(1,), weight=1.0, n=8):
     x, y = tiny_data()
     task = unlearn.Task(x, y, NAMES, factor, list(values), n, weight)
-    task.alternative_set = unlearn.alternative_data(f"class:{task.substitute}", None, x, y, NAMES, factor, list(values))
+    task.alternative_set = unlearn.alternative_data(f"class:{task.substitute}", None, *task.retain_set, NAMES, factor,
+                                                    list(values))
     return task
 
 
 @pytest.mark.parametrize("spec", ["class:2", "class:c", "mix", "noise", "image:picture.png"])
 def test_alternatives_never_contain_a_forgotten_value(spec):
     Image.new("RGB", (20, 30), (9, 9, 9)).save("picture.png")
-    x, y = tiny_data()
+    x, y = make_task().retain_set
     keep, labels = unlearn.alternative_data(spec, None, x, y, NAMES, 0, [1])
     assert len(keep) and (labels[:, 0] == 1).all() and set(labels[:, 1].tolist()) == {0, 1, 2}
     assert not (keep == 255).flatten(1).all(1).any()
@@ -465,7 +528,7 @@ def test_alternatives_never_contain_a_forgotten_value(spec):
 
 
 def test_a_styles_alternative_is_the_same_class_in_another_style():
-    x, y = tiny_data()
+    x, y = make_task(1, [2]).retain_set
     keep, labels = unlearn.alternative_data("class:0", None, x, y, NAMES, 1, [2])
     assert (labels[:, 1] == 2).all()
     for cls in range(4):
@@ -562,11 +625,103 @@ def test_random_labels_target_is_a_constant():
     assert rows[1] > 0 and rows[2] == 0                # class 2 is the target's label: no gradient reaches it
 
 
+def test_esds_target_is_a_constant_of_the_frozen_model():
+    net, task = tiny(), make_task(weight=0.7)
+    unlearn.prepare_esd(net, task)
+    assert torch.equal(weights(net), weights(task.frozen)) and not any(p.requires_grad for p in task.frozen.parameters())
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.05
+    torch.manual_seed(7)
+    (loss, *_), = losses_of("esd", task, net)
+    loss.backward()
+    rows = net.label_embs[0].weight.grad.abs().sum(1)
+    assert rows[1] > 0 and rows[4] == 0                # the null branch is the frozen model's: no gradient reaches ours
+    assert all(p.grad is None for p in task.frozen.parameters())
+
+    torch.manual_seed(7)
+    x0, y = task.forget()
+    t = M.antithetic_times(len(x0), x0.device)
+    x_t, _ = M.add_noise(net, x0, t, torch.randn_like(x0))
+    with torch.no_grad():
+        cond, null = task.frozen(x_t, t, y), task.frozen(x_t, t, torch.tensor([[4, 3]]).expand_as(y))
+        expected = ((net(x_t, t, y) - (null - 0.7 * (cond - null))) ** 2).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_selective_amnesias_loss(monkeypatch):
+    net, task = tiny(), make_task(weight=3.0)
+    task.frozen, task.replay_set = tiny(), task.retain_set
+    task.fisher = [torch.full_like(p, 0.5) for p in net.parameters()]
+    with torch.no_grad():
+        net.conv_out.bias += 0.2                       # three weights move by 0.2: 0.5 * 3 * 0.04
+    seen = []
+    monkeypatch.setattr(unlearn, "diffusion_loss",
+                        lambda model, x0, y, p_drop: seen.append((x0, y, p_drop)) or torch.full((len(x0),), float(len(seen))))
+    (loss, *_), = losses_of("sa", task, net)
+    assert loss.item() == pytest.approx(task.pixels * (1 + 2) + 3 * 0.5 * 3 * 0.04, rel=1e-5)
+    (noise, labels, drop), (replay, kept, _) = seen
+    assert (labels[:, 0] == 1).all() and (kept[:, 0] != 1).all() and drop == 0
+    assert noise.min() > -1 and noise.max() < 1 and abs(noise.std() - 3 ** -0.5) < 0.02         # uniform in [-1, 1]
+
+
+def test_selective_amnesias_fisher_is_the_mean_of_squared_single_example_gradients():
+    net = tiny()
+    x0, y = torch.randn(3, 3, 8, 8), torch.tensor([[0, 1], [2, 2], [3, 0]])
+    torch.manual_seed(5)
+    found = unlearn.sa_fisher(net, x0, y, times=4)
+    torch.manual_seed(5)
+    expected = [np.zeros(p.shape) for p in net.parameters()]
+    for i in range(3):
+        times, noise = torch.randperm(1000)[:4], torch.randn(4, 3, 8, 8)
+        total = [np.zeros(p.shape) for p in net.parameters()]
+        for t, eps in zip(times, noise):
+            x_t, target = M.add_noise(net, x0[i:i + 1], t[None], eps[None])
+            net.zero_grad()
+            ((net(x_t, t[None], y[i:i + 1]) - target) ** 2).sum().backward()
+            total = [a + (p.grad.numpy() if p.grad is not None else 0) * 250 for a, p in zip(total, net.parameters())]
+        expected = [e + a ** 2 / 3 for e, a in zip(expected, total)]
+    for f, e in zip(found, expected):
+        assert np.allclose(f.numpy(), e, rtol=1e-3, atol=1e-6 * max(e.max(), 1))
+
+
+def test_what_was_forgotten_earlier_stays_out_and_is_rehearsed(small_shapes):
+    x, y = tiny_data()
+    task = unlearn.Task(x, y, NAMES, 1, [2], 8, 1.0, earlier={0: [1]})
+    assert task.gone == {0: [1], 1: [2]}
+    for part in (task.retain_set, task.forget_set):
+        assert len(part[1]) and (part[1][:, 0] != 1).all()
+    assert (task.retain_set[1][:, 1] != 2).all() and (task.forget_set[1][:, 1] == 2).all()
+
+    run(unlearn, "--cls", 1, "--ckpt", "tiny.pt", *QUICK)
+    run(unlearn, "--style", "neon", "--ckpt", "runs/shapes/dimum-cls1/model.pt", *QUICK)
+    folder = Path("runs/shapes/dimum-style4-after-dimum-cls1")
+    assert M.load_checkpoint(folder / "model.pt")[1]["forgotten"] == {"cls": [1], "style": [4]}
+    result = json.loads((folder / "result.json").read_text())
+    assert result["after"]["ua_of"].keys() == {"cls square", "style neon"} and result["after"]["ira_samples"] == 9 * 4
+    run(attack, folder, *QUICK)
+    result = json.loads(Path("runs/shapes/attack-dimum-style4-after-dimum-cls1-retain/result.json").read_text())
+    assert result["after"]["ua_of"].keys() == {"cls square", "style neon"}
+
+
+def test_dimum_rehearses_the_alternatives_of_everything_forgotten(small_shapes, monkeypatch):
+    tiny_checkpoint("before.pt", forgotten={"cls": [1]})
+    sets = []
+    monkeypatch.setattr(unlearn, "run_method", lambda method, model, task, *args, **kw: sets.append(task) or sys.exit(0))
+    for again in (("--style", "neon"), ("--cls", "triangle")):
+        with pytest.raises(SystemExit):
+            run(unlearn, *again, "--ckpt", "before.pt", *QUICK)
+    style, cls = (task.alternative_set[1] for task in sets)
+    assert ((style[:, 0] == 1) ^ (style[:, 1] == 4)).all() and (style[:, 0] == 1).any() and (style[:, 1] == 4).any()
+    assert set(cls[:, 0].tolist()) == {1, 2}
+
+
 @pytest.mark.parametrize("method", unlearn.METHODS)
-def test_every_method_runs_and_is_repeatable(method):
-    results = []
+def test_every_method_runs_and_is_repeatable(method, monkeypatch):
+    results, prepare_sa = [], unlearn.prepare_sa
     for _ in range(2):
         net, task = tiny().train(), make_task(weight=0.1)
+        monkeypatch.setattr(unlearn, "PREPARE", {**unlearn.PREPARE, "sa": lambda m, t: prepare_sa(m, t, 3, 9)})
         torch.manual_seed(1)
         unlearn.run_method(method, net, task, steps=3, lr=1e-3)
         results.append(weights(net))
@@ -670,9 +825,12 @@ def test_scores_count_what_they_say():
     drawn[4, 0], drawn[5, 1] = 3, 0
     x = torch.zeros(10, 1, 8, 8)
     x[:, :, 0], x[:, :, 1] = (drawn[:, i, None, None].expand(-1, 1, 8) / 10 for i in (0, 1))
-    scores = fid.score(x, y, Oracle(), 0, [1], torch.randn(50, 2))
+    scores = fid.score(x, y, Oracle(), {0: [1]}, 0, NAMES, torch.randn(50, 2))
     assert (scores["ua"], scores["ira"], scores["cra"]) == pytest.approx((3 / 4, 5 / 6, 5 / 6))
     assert (scores["ua_samples"], scores["ira_samples"]) == (4, 6)
+    both = fid.score(x, y, Oracle(), {0: [1], 1: [2]}, 0, NAMES, torch.randn(50, 2))
+    assert both["ua_of"] == pytest.approx({"cls b": 3 / 4, "style r": 0}) and both["ua"] == pytest.approx(3 / 7)
+    assert both["ira"] == pytest.approx(2 / 3) and both["ira_samples"] == 3
 
 
 def test_two_folders_with_the_classifier_and_bad_folders(capsys):
@@ -860,7 +1018,8 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_stage_goes_on_to_the_very_same_weights(stage, small_shapes, monkeypatch):
     module, *args = STAGES[stage]
-    monkeypatch.setattr(unlearn, "MASKS", {k: lambda m, t, f=f: f(m, t, batches=2) for k, f in unlearn.MASKS.items()})
+    mask = unlearn.salun_mask
+    monkeypatch.setattr(unlearn, "salun_mask", lambda model, task: mask(model, task, batches=2))
     command = (module, *args, *QUICK, "--steps", 5)
     assert forked(lambda: run(*command, "--out", "whole")) == 0
     kills = 0
@@ -996,7 +1155,7 @@ def values_for(action):
 def test_no_flag_value_ends_in_a_traceback(module, small_shapes, monkeypatch, capsys):
     monkeypatch.setattr(train_ddpm, "benchmark", lambda *args: None)
     monkeypatch.setattr(train_ddpm, "compile_network", lambda model: None)
-    monkeypatch.setattr(unlearn, "MASKS", {})
+    monkeypatch.setattr(unlearn, "PREPARE", {})
     monkeypatch.setattr(M, "T", 20)                    # or --sampler ddpm takes its 1,000 steps
     count = 0
     for action in actions(module, monkeypatch):
@@ -1041,7 +1200,7 @@ def test_the_shipped_model_draws_every_class_and_style_and_forgets_one():
     assert (HERE / "assets/shapes.pt").stat().st_size < 6e6
     assert (HERE / "assets/shapes_classifier.pt").stat().st_size < 1e6
     net, info = M.load_checkpoint(HERE / "assets/shapes.pt")
-    classifier, accuracy = fid.load_classifier("shapes", "data", torch.device("cpu"))
+    classifier, accuracy = fid.load_classifier("shapes", "data", torch.device("cpu"), info["names"])
     assert min(accuracy) >= 0.99
     y = train_ddpm.all_labels(info["names"], 2)
     x = M.sample(net, y, steps=20)
@@ -1049,7 +1208,7 @@ def test_the_shipped_model_draws_every_class_and_style_and_forgets_one():
 
     x, labels, names = train_ddpm.load_data("shapes", "train")
     task = unlearn.Task(x, labels, names, 0, [1], 16, 1.0)
-    task.alternative_set = unlearn.alternative_data("class:triangle", None, x, labels, names, 0, [1])
+    task.alternative_set = unlearn.alternative_data("class:triangle", None, *task.retain_set, names, 0, [1])
     unlearn.run_method("dimum", net, task, steps=60, lr=1e-3)
     y = torch.tensor([[1, s] for s in range(5)] * 4)
     seen = fid.predict(classifier, M.sample(net, y, steps=10))

@@ -3,6 +3,7 @@
     python train_ddpm.py                                    # shapes on a CPU: how assets/shapes.pt was made
     python train_ddpm.py --dataset fashion                  # Fashion-MNIST, small network
     python train_ddpm.py --dataset cifar10                  # CIFAR-10, the paper's network: one CUDA GPU
+    python train_ddpm.py --dataset folder --data-dir UnlearnCanvas --preset paper        # STYLE/OBJECT/*.jpg
     python train_ddpm.py --exclude-cls square               # a model that never saw squares
     python train_ddpm.py --dataset cifar10 --import ckpt.pth    # convert a checkpoint of the public SalUn/SA code
     python train_ddpm.py --resume                           # go on after a kill
@@ -33,11 +34,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torchvision import datasets as tvd
 
-from model import (FACTORS, FORMAT, Parser, PRESETS, Progress, T, UNet, autocast_on, diffusion_loss, fail, guided_output,
-                   make_config, number, pick_device, read_file, resume_command, run_folder, run_script, sample,
-                   save_checkpoint, save_grid, save_plot, save_torch, write_csv, write_json)
+from model import (FACTORS, FORMAT, Parser, PRESETS, Progress, T, UNet, autocast_on, cached, diffusion_loss, fail,
+                   guided_output, make_config, number, pick_device, read_file, resume_command, run_folder, run_script,
+                   sample, save_checkpoint, save_grid, save_plot, save_torch, write_csv, write_json)
 
 # lr and weights of the paper preset: the public SalUn/SFRon/SA configuration for CIFAR-10 (constant learning rate).
 # The small preset: a high rate with cosine decay, which makes the most of few steps.
@@ -47,7 +49,7 @@ DEFAULTS = {
 }
 FEWER_STEPS = {"fashion": 3000}                 # of the small preset
 SAVE_SECONDS = 180                              # between two saved training states
-DATASETS = ("shapes", "fashion", "cifar10")
+DATASETS = ("shapes", "fashion", "cifar10", "folder")
 
 
 # ---- the embedded dataset --------------------------------------------------------------------------------------
@@ -170,8 +172,8 @@ def load_fashion(split, data_dir):
 
 
 def download(dataset, data_dir, split, archives, files):
-    """torchvision's dataset in data_dir. archives, (https address, path in data_dir, MD5) each, are fetched if it is not
-    there, unless they have been put there by hand.
+    """torchvision's dataset in data_dir. archives, (https address, path in data_dir, MD5) each, are fetched if it is
+    not there, unless they have been put there by hand.
 
     All happens in a folder of its own, whose files are moved into place when they are whole: an interrupted or corrupt
     download leaves nothing behind. (torchvision's own would leave the file, and falls back to http.)
@@ -208,17 +210,82 @@ def download(dataset, data_dir, split, archives, files):
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def label_names(dataset):
+def label_names(dataset, data_dir="data"):
     """The names of the values of each label factor: a list per factor."""
+    if dataset == "folder":
+        return folder_labels(find_images(data_dir), data_dir)[0]
     return {"shapes": [list(SHAPES), list(STYLES)], "fashion": [list(tvd.FashionMNIST.classes)],
             "cifar10": [list(CIFAR10)]}[dataset]
 
 
-def load_data(dataset, split, data_dir="data", device="cpu"):
+def find_images(folder):
+    """The sorted paths of all image files under a folder."""
+    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds and p.is_file())
+
+
+def read_image(path, size, mode="RGB"):
+    """A picture of any mode as uint8 (C, size, size): turned as its EXIF says, laid on white where it is transparent,
+    cut to the central square, resized with antialiasing. OSError and the like if it is broken."""
+    with Image.open(path) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.has_transparency_data:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        picture = ImageOps.fit(picture.convert("RGB").convert(mode), (size, size), Image.LANCZOS)
+    return torch.from_numpy(np.array(picture).reshape(size, size, -1)).permute(2, 0, 1)
+
+
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)      # what Pillow raises for a bad file
+
+
+def folder_labels(paths, data_dir):
+    """(names, labels (N, F)) from STYLE/OBJECT/*.jpg, UnlearnCanvas's layout, or CLASS/*.jpg."""
+    parts = [path.relative_to(data_dir).parts[:-1] for path in paths]
+    if not parts or {len(p) for p in parts} not in ({1}, {2}):
+        fail(f"'{data_dir}' must hold images as STYLE/OBJECT/*.jpg or CLASS/*.jpg, at one depth throughout; it holds "
+             f"{len(paths)}; name the folder with --data-dir")
+    names = [sorted({p[i] for p in parts}) for i in reversed(range(len(parts[0])))]        # the class comes first
+    lookup = [{n: i for i, n in enumerate(factor)} for factor in names]
+    return names, torch.tensor([[index[part] for index, part in zip(lookup, reversed(p))] for p in parts])
+
+
+def load_folder(data_dir, split, size):
+    """A folder's images (N, 3, size, size), their labels and names. About one in ten is held out for the test split, by
+    a hash of its path. The decoded images are kept in runs/cache until a file of the folder changes."""
+    paths = find_images(data_dir)
+    names, y = folder_labels(paths, data_dir)
+
+    def decode():
+        images, good, bar = [], [], Progress("decoding", len(paths), "image")
+        for i, path in enumerate(paths):
+            try:
+                images.append(read_image(path, size))
+                good.append(i)
+            except BROKEN:
+                print(f"skipped {path}: not a readable image")
+            bar.step()
+        bar.close()
+        if len(good) < len(paths):
+            print(f"skipped {len(paths) - len(good)} of {len(paths)} images")
+        if len(good) < 0.8 * len(paths):
+            fail(f"more than a fifth of the images in '{data_dir}' are broken; copy the folder again")
+        return torch.stack(images), good
+    stats = [(str(p.relative_to(data_dir)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    images, good = cached(decode, "folder", stats, size)
+    held_out = torch.tensor([hashlib.sha256(name.encode()).digest()[0] < 26 for name, *_ in stats])[good]
+    keep = held_out if split == "test" else ~held_out
+    return images[keep], y[good][keep], names
+
+
+def load_data(dataset, split, data_dir="data", device="cpu", size=64):
     """Images uint8 (N, C, H, W) and labels (N, F) on the device, and the names: one list per label factor.
 
-    split: "train" or "test". Sources: drawn here (shapes), Xiao et al. 1708.07747 (fashion), Krizhevsky (cifar10).
+    split: "train" or "test". size: of the images of a folder; the others are 32 x 32. Sources: drawn here (shapes),
+    Xiao et al. 1708.07747 (fashion), Krizhevsky (cifar10).
     """
+    if dataset == "folder":
+        x, y, names = load_folder(data_dir, split, size)
+        return x.to(device), y.to(device), names
     if dataset == "shapes":
         x, y = draw_shapes(400, seed=0) if split == "train" else draw_shapes(100, seed=1)
     elif dataset == "fashion":
@@ -260,14 +327,15 @@ def find_value(text, names, factor):
 def check_factor(factor, names):
     """True if the dataset has this label factor (0 class, 1 style); one clear line if not."""
     if factor >= len(names):
-        fail(f"this dataset has no {FACTORS[factor]} labels; only shapes has styles")
+        fail(f"this dataset has no {FACTORS[factor]} labels; shapes has styles, and folders of STYLE/OBJECT/*.jpg")
     return True
 
 
 def find_forgotten(args, names):
     """(factor index, values) from --cls or --style; one clear line for anything else."""
     if bool(args.cls) == bool(args.style):
-        fail("say what to forget: either --cls or --style, by number or name, such as --cls 1")
+        fail("say what to forget: either --cls or --style, by number or name, such as --cls 1 (for both, unlearn one "
+             "and give its model.pt to the other with --ckpt)")
     factor = 0 if args.cls else 1
     check_factor(factor, names)
     values = sorted({find_value(v, names[factor], FACTORS[factor]) for v in args.cls or args.style})
@@ -314,8 +382,8 @@ class Loop:
         try:
             other = [f"{k} {v}" for k, v in state["settings"].items() if self.settings.get(k) != v]
             if other:
-                fail(f"{self.path} belongs to a run with other settings ({', '.join(other)}); give the same to --resume "
-                     "it, or start without --resume")
+                fail(f"{self.path} belongs to a run with other settings ({', '.join(other)}); give the same to "
+                     "--resume it, or start without --resume")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.first, self.data, self.recent = state["step"], state["data"], list(state["recent"])
@@ -342,7 +410,7 @@ class Loop:
         wrong = (~losses.isfinite()).nonzero().flatten()
         if len(wrong):
             what = f"the loss is {losses[wrong[0]].item()} at step {step - len(losses) + 1 + int(wrong[0])}"
-        elif all(p.isfinite().all() for p in self.parts["model"].parameters()):
+        elif torch.stack(torch._foreach_norm(list(self.parts["model"].parameters()))).isfinite().all():
             return
         else:
             what = f"weights are not finite after step {step}, where the loss is {losses[-1].item():.4g}"
@@ -524,7 +592,7 @@ def benchmark(preset, batch_size, device, compiled, repeats=5):
 def common_flags(parser, samples, samples_help, sampler_steps):
     """The flags that mean the same in every stage."""
     group = parser.add_argument_group("common")
-    group.add_argument("--data-dir", default="data", help="where downloaded data lies or goes")
+    group.add_argument("--data-dir", default="data", help="where data lies, or goes when it is downloaded")
     group.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="same seed, same weights (on a CPU)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--out", metavar="DIR", help="run folder; default runs/<dataset>/<what>")
@@ -539,7 +607,9 @@ def common_flags(parser, samples, samples_help, sampler_steps):
 
 
 def dataset_flag(group):
-    group.add_argument("--dataset", choices=DATASETS, default="shapes", help="what the model draws")
+    group.add_argument("--dataset", choices=DATASETS, default="shapes", help="what the model draws; folder: the images "
+                       "in --data-dir, as STYLE/OBJECT/*.jpg or CLASS/*.jpg")
+    group.add_argument("--image-size", type=int, choices=(32, 64, 128), default=64, help="of a folder's images")
 
 
 def show_labels(names, per_cell=1):
@@ -554,7 +624,7 @@ def exclude(images, y, values):
     """Only the examples that have none of the values: {factor index: [value, ...]}."""
     keep = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for factor, gone in values.items():
-        keep &= ~torch.isin(y[:, factor], torch.tensor(gone, device=y.device))
+        keep &= ~torch.isin(y[:, factor], torch.tensor(gone, dtype=torch.long, device=y.device))
     return images[keep], y[keep]
 
 
@@ -583,7 +653,7 @@ def main():
 
     if args.import_file and args.dataset != "cifar10":
         fail("--import converts CIFAR-10 networks; add --dataset cifar10")
-    names = label_names(args.dataset)
+    names = label_names(args.dataset, args.data_dir)
     gone = {i: sorted({find_value(v, names[i], f"exclude-{FACTORS[i]}") for v in values})
             for i, values in enumerate((args.exclude_cls, args.exclude_style)) if values and check_factor(i, names)}
     what = "import" if args.import_file else "pretrain"
@@ -593,9 +663,10 @@ def main():
     labels, layout = show_labels(names, args.samples)
 
     if args.import_file:
-        model, data, opts = import_public(args.import_file, args.dataset, names), {"log": [], "seconds": 0}, {"steps": 0}
+        model = import_public(args.import_file, args.dataset, names)
+        data, opts = {"log": [], "seconds": 0}, {"steps": 0}
     else:
-        images, y, _ = load_data(args.dataset, "train", args.data_dir, device)
+        images, y, _ = load_data(args.dataset, "train", args.data_dir, device, args.image_size)
         images, y = exclude(images, y, gone)
         if not len(y):
             fail("nothing is left to train on; exclude fewer values")

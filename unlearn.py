@@ -5,25 +5,25 @@
     python unlearn.py --method dimum --style sketch              # a style
     python unlearn.py --method sfron --cls 1 --eval-every 25     # follow the FID on the way
     python unlearn.py --method dimum --cls 1 --alternative mix --alt-size 50
+    python unlearn.py --method dimum --style neon --ckpt runs/shapes/dimum-cls1/model.pt       # both are forgotten then
     python unlearn.py --method dimum --cls 1 --resume            # go on after a kill
 
-Methods: dimum (the paper), salun, sfron, ga, rl, finetune, retrain. Leaves runs/<dataset>/<method>-cls1/ with
+Methods: dimum (the paper), salun, sfron, esd, sa, ga, rl, finetune, retrain. Leaves runs/<dataset>/<method>-cls1/ with
 model.pt, result.json (UA, IRA, CRA and FID before and after), log.csv and samples.png (above: before, below: after).
 """
+import copy
 import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from fid import balanced, evaluate, fingerprint, in_batches, load_classifier, percent, pick, protocol
-from model import (FACTORS, Parser, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels, fail,
-                   guided_output, load_checkpoint, number, pick_device, run_folder, run_script, save_checkpoint, save_grid,
-                   save_plot, write_csv, write_json)
-from train_ddpm import (DEFAULTS as PRETRAIN, Loop, common_flags, dataset_flag, exclude, find_forgotten, find_value,
-                        get_batch, learning_rate, load_data, show_labels, train)
+from fid import balanced, evaluate, in_batches, load_classifier, percent, pick, protocol
+from model import (FACTORS, Parser, T, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels, fail,
+                   fingerprint, guided_output, load_checkpoint, number, pick_device, run_folder, run_script, sample,
+                   save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_json)
+from train_ddpm import (BROKEN, DEFAULTS as PRETRAIN, Loop, common_flags, dataset_flag, exclude, find_forgotten,
+                        find_value, get_batch, learning_rate, load_data, read_image, show_labels, train)
 
 # cifar10: each method's own paper or public configuration. small: found for the small network on shapes (and used for
 # fashion). `weight` multiplies the term named in the method's docstring.
@@ -32,6 +32,8 @@ DEFAULTS = {
         "dimum": dict(steps=10000, batch_size=128, lr=1e-4, weight=1.0),
         "salun": dict(steps=1000, batch_size=128, lr=1e-4, weight=1e-3),
         "sfron": dict(steps=150, batch_size=128, lr=1e-4, weight=10.0),
+        "esd": dict(steps=1000, batch_size=128, lr=1e-5, weight=1.0),
+        "sa": dict(steps=20000, batch_size=128, lr=1e-4, weight=10.0),
         "ga": dict(steps=1000, batch_size=128, lr=1e-4, weight=0.05),
         "rl": dict(steps=1000, batch_size=128, lr=1e-4, weight=1e-3),
         "finetune": dict(steps=1000, batch_size=128, lr=1e-4, weight=1.0),
@@ -41,6 +43,8 @@ DEFAULTS = {
         "dimum": dict(steps=150, batch_size=32, lr=1e-3, weight=1.0),
         "salun": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
         "sfron": dict(steps=100, batch_size=32, lr=3e-4, weight=10.0),
+        "esd": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
+        "sa": dict(steps=200, batch_size=32, lr=3e-4, weight=10.0),
         # ga found no weight that forgets and keeps: 0.05 and 0.3 left UA at 0 %, 1.0 destroyed the retained classes.
         "ga": dict(steps=100, batch_size=32, lr=3e-4, weight=0.6),
         "rl": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
@@ -53,15 +57,23 @@ DEFAULTS = {
 # ---- the task: what to forget, what to keep, and what to learn instead -----------------------------------------
 
 class Task:
-    """The data of one unlearning run, with one method per kind of batch: x (n, C, H, W) in [-1, 1] and y (n, F)."""
+    """The data of one unlearning run, with one method per kind of batch: x (n, C, H, W) in [-1, 1] and y (n, F).
 
-    def __init__(self, images, y, names, factor, values, batch_size, weight, flip=False):
+    factor, values: what is to be forgotten now. earlier: {factor: [value, ...]} that the model has forgotten before;
+    no image of these is ever drawn.
+    """
+
+    def __init__(self, images, y, names, factor, values, batch_size, weight, flip=False, earlier=None):
+        earlier = earlier or {}
+        self.gone = {**earlier, factor: sorted({*values, *earlier.get(factor, [])})}
+        self.retain_set = exclude(images, y, self.gone)
+        images, y = exclude(images, y, earlier)
         gone = torch.isin(y[:, factor], torch.tensor(values, device=y.device))
-        self.retain_set, self.forget_set = (images[~gone], y[~gone]), (images[gone], y[gone])
+        self.forget_set = images[gone], y[gone]
         self.factor, self.values, self.n, self.weight, self.flip = factor, values, batch_size, weight, flip
-        self.substitute = next_value(values, len(names[factor]))
+        self.substitute = next_value(self.gone[factor], len(names[factor]))
         self.pixels = images[0].numel()            # C*H*W: the public code sums over pixels where we average
-        self.alternative_set = self.mask = None
+        self.alternative_set = self.mask = self.frozen = self.fisher = self.replay_set = None
         self.progress = 0.0                        # 0 at the first step, 1 after the last
 
     def retain(self, n=None):
@@ -73,6 +85,9 @@ class Task:
     def alternative(self, n=None):
         return get_batch(*self.alternative_set, n or self.n)
 
+    def replay(self):
+        return get_batch(*self.replay_set, self.n)
+
     def replaced(self, y):
         """y with the forgotten value replaced by the next one: y[c_f -> c']."""
         y = y.clone()
@@ -81,49 +96,49 @@ class Task:
 
 
 def next_value(values, count):
-    """The first value after the forgotten ones, (c_f + 1) mod K as in SalUn, that is not itself forgotten."""
+    """The first value after the first forgotten one, (c_f + 1) mod K as in SalUn, that is not itself forgotten."""
     return next(v % count for v in range(values[0] + 1, values[0] + count + 1) if v % count not in values)
 
 
 def alternative_data(spec, size, images, y, names, factor, values):
-    """What DiMUM memorises: images uint8 (N, C, H, W) and labels (N, F) *with the forgotten value in them*.
+    """What DiMUM memorises: images uint8 (N, C, H, W) and labels (N, F) *with a forgotten value in them*.
 
-    spec: "class:K" (images of one other value of the same factor, by number or name, all else equal), "mix" (of all
-    other values), "image:PATH" (one picture), "noise". size: a fixed random subset of so many images. No image of a
-    forgotten value is ever among them. That the other factor stays as it is is our reading of the paper.
+    images, y: the retained data, so that no image of a forgotten value can be among them. spec: "class:K" (images of
+    one other value of the same factor, by number or name, all else equal), "mix" (of all other values), "image:PATH"
+    (one picture), "noise". size: a fixed random subset of so many images. That the other factor stays as it is is our
+    reading of the paper.
     """
     kind, _, what = spec.partition(":")
-    keep, labels = exclude(images, y, {factor: values})
     if kind == "class":
         value = find_value(what, names[factor], "alternative class:")
         if value in values:
             fail(f"--alternative {spec} is what is to be forgotten; choose another value, such as "
                  f"class:{next_value(values, len(names[factor]))}")
-        index = labels[:, factor] == value
-        keep, labels = keep[index], labels[index]
+        index = y[:, factor] == value
+        images, y = images[index], y[index]
     elif kind == "image":
         try:
-            picture = Image.open(what).convert("L" if images.shape[1] == 1 else "RGB")
-        except OSError as e:
+            picture = read_image(what, images.shape[2], "L" if images.shape[1] == 1 else "RGB")
+        except BROKEN as e:
             fail(f"--alternative {spec}: the picture cannot be read ({e}); give the path of a PNG or JPEG file")
-        picture = torch.from_numpy(np.array(picture.resize((images.shape[3], images.shape[2]), Image.LANCZOS)))
-        picture = picture[None] if picture.ndim == 2 else picture.permute(2, 0, 1)
-        labels = torch.unique(labels, dim=0)
-        keep = picture.to(images.device).expand(len(labels), -1, -1, -1)
+        y = torch.unique(y, dim=0)
+        images = picture.to(images.device).expand(len(y), -1, -1, -1)
     elif kind == "noise":
-        keep = torch.randint(0, 256, keep[:1000].shape, dtype=torch.uint8, device=images.device)
-        labels = labels[torch.randint(len(labels), (len(keep),), device=labels.device)]
+        images = torch.randint(0, 256, images[:1000].shape, dtype=torch.uint8, device=images.device)
+        y = y[torch.randint(len(y), (len(images),), device=y.device)]
     elif kind != "mix":
         fail(f"--alternative {spec} is not one of: class:K, mix, image:PATH, noise")
-    if size and size < len(keep):
-        index = torch.randperm(len(keep), device=keep.device)[:size]
-        keep, labels = keep[index], labels[index]
-    labels = labels.clone()
-    labels[:, factor] = torch.tensor(values, device=y.device)[torch.arange(len(labels), device=y.device) % len(values)]
-    return keep, labels
+    if not len(y):
+        fail(f"--alternative {spec} has no images; choose another")
+    if size and size < len(y):
+        index = torch.randperm(len(y), device=y.device)[:size]
+        images, y = images[index], y[index]
+    y = y.clone()
+    y[:, factor] = torch.tensor(values, device=y.device)[torch.arange(len(y), device=y.device) % len(values)]
+    return images, y
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------
+# ---- what a method prepares before its first step -------------------------------------------------------------
 
 def guided_gradients(model, batches, guidance=2.0):
     """Yield, for each batch (x0, y), the gradients of the summed-pixel loss of the *guided* output, clipped to norm 1,
@@ -173,7 +188,52 @@ def sfron_mask(model, task, batches=40):
     return [(f + 1e-15) / (r + 1e-15) >= 1 for f, r in zip(*fisher)]
 
 
-MASKS = {"salun": salun_mask, "sfron": sfron_mask}
+def sa_fisher(model, x0, y, times=10):
+    """Selective Amnesia's diagonal Fisher information: for each example (x0 (N, C, H, W), y (N, F)) the gradient of its
+    summed-pixel loss, summed over timesteps, squared; then the mean over examples. A list like model.parameters().
+
+    Source: 2305.10120 and save_fim of clear-nus/selective-amnesia. There all 1,000 timesteps are taken; here `times` of
+    them at random, and the sum is scaled by 1,000/times.
+    """
+    params = list(model.parameters())
+    model.eval()
+    total = [torch.zeros_like(p) for p in params]
+    for x, label in zip(x0, y):
+        x, label = x.expand(times, -1, -1, -1), label.expand(times, -1)
+        t = torch.randperm(T, device=x.device)[:times]
+        x_t, target = add_noise(model, x, t, torch.randn_like(x))
+        with autocast(x.device):
+            out = model(x_t, t, label)
+        loss = (out.float() - target).square().sum() * (T / times)
+        for a, g in zip(total, torch.autograd.grad(loss, params, allow_unused=True)):
+            if g is not None:
+                a += g.square() / len(x0)
+    model.train()
+    return total
+
+
+def prepare_salun(model, task):
+    task.mask = salun_mask(model, task)
+
+
+def prepare_sfron(model, task):
+    task.mask = sfron_mask(model, task)
+
+
+def prepare_esd(model, task):
+    task.frozen = copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def prepare_sa(model, task, examples=100, replayed=500):
+    """The first weights, samples of the retained conditions to replay, and the Fisher information of some of them."""
+    task.frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    cells = torch.unique(task.retain_set[1], dim=0)
+    y = cells.repeat_interleave(math.ceil(replayed / len(cells)), 0)
+    task.replay_set = to_uint8(sample(model, y, steps=20, seed=99, label="sa: samples to replay")).to(y.device), y
+    task.fisher = sa_fisher(model, *get_batch(*task.replay_set, examples))
+
+
+PREPARE = {"salun": prepare_salun, "sfron": prepare_sfron, "esd": prepare_esd, "sa": prepare_sa}
 
 
 # ---- methods: each does one step and returns its loss; update(loss) is backward, clip to norm 1, optimiser -------
@@ -239,7 +299,39 @@ def finetune(model, task, update):
     return update(diffusion_loss(model, *task.retain()).mean())
 
 
-METHODS = {"dimum": dimum, "salun": salun, "sfron": sfron, "ga": ga, "rl": rl, "finetune": finetune}
+def esd(model, task, update):
+    """MSE(network(x_t, c_f), eps(null) - weight * (eps(c_f) - eps(null)) of the frozen first model) on noised forget
+    images: away from the condition, as negative guidance would go. Where the network predicts v the target is the same
+    mixture of v, which is the same function of x_t and eps.
+
+    Source: Gandikota et al. 2303.07345, equation 5, with eta = weight. There x_t is sampled from the model; noised
+    images of the forget set stand for it here.
+    """
+    x0, y = task.forget()
+    t = antithetic_times(len(x0), x0.device)
+    x_t, _ = add_noise(model, x0, t, torch.randn_like(x0))
+    target = guided_output(task.frozen, x_t, t, y, -1 - task.weight).detach()
+    with autocast(x0.device):
+        output = model(x_t, t, y)
+    return update((output.float() - target).square().mean())
+
+
+def sa(model, task, update):
+    """C*H*W * (l(uniform noise images under c_f) + l(replayed samples)) + weight * sum of Fisher * (weights' change)^2,
+    without label dropout.
+
+    Source: Heng & Soh 2305.10120; train_forget of clear-nus/selective-amnesia, gamma = 1.
+    """
+    x0, y = task.forget()
+    noise = torch.rand_like(x0) * 2 - 1
+    loss = diffusion_loss(model, noise, y, p_drop=0).mean() + diffusion_loss(model, *task.replay(), p_drop=0).mean()
+    weights = zip(task.fisher, model.parameters(), task.frozen.parameters())
+    change = sum((f * (p - q).square()).sum() for f, p, q in weights)
+    return update(task.pixels * loss + task.weight * change) / task.pixels
+
+
+METHODS = {"dimum": dimum, "salun": salun, "sfron": sfron, "esd": esd, "sa": sa, "ga": ga, "rl": rl,
+           "finetune": finetune}
 
 
 def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=False, **keep):
@@ -251,9 +343,9 @@ def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=Fal
     """
     params = list(model.parameters())
     optimizer = torch.optim.Adam(params, lr, fused=True)
-    if method in MASKS:             # before the state of an interrupted run is loaded: the mask is the first model's
-        print(f"{method}: computing its mask")
-        task.mask = MASKS[method](model, task)
+    if method in PREPARE:           # before the state of an interrupted run is loaded: from the first weights
+        print(f"{method}: preparing")
+        PREPARE[method](model, task)
 
     def update(loss, mask=None, mask_first=False):
         optimizer.zero_grad(set_to_none=False)     # zeros, not None: a masked weight must see a gradient of exactly 0
@@ -333,25 +425,37 @@ def main():
     opts = dict(DEFAULTS["cifar10" if model.cfg.width >= 128 else "small"][args.method])
     opts.update({k: v for k in ("steps", "batch_size", "lr", "weight") if (v := getattr(args, k)) is not None})
     torch.manual_seed(args.seed)
-    images, y, _ = load_data(args.dataset, "train", args.data_dir, device)
-    task = Task(images, y, names, factor, values, opts["batch_size"], opts["weight"], flip=args.dataset == "cifar10")
+    earlier = {i: info["forgotten"][f] for i, f in enumerate(FACTORS) if info.get("forgotten", {}).get(f)}
+    size = model.cfg.image_size
+    images, y, found = load_data(args.dataset, "train", args.data_dir, device, size)
+    if found != names:
+        fail(f"{path} was trained on other classes or styles than '{args.data_dir}' holds; name its folder with "
+             "--data-dir")
+    task = Task(images, y, names, factor, values, opts["batch_size"], opts["weight"], flip=args.dataset == "cifar10",
+                earlier=earlier)
+    if not len(task.forget_set[1]) or not len(task.retain_set[1]):
+        fail("nothing is left to forget or to retain; forget fewer values")
     alternative = args.alternative or f"class:{task.substitute}"
-    task.alternative_set = alternative_data(alternative, args.alt_size, images, y, names, factor, values)
+    sets = [alternative_data(alternative if f == factor else f"class:{next_value(gone, len(names[f]))}", args.alt_size,
+                             *task.retain_set, names, f, gone) for f, gone in task.gone.items()]
+    task.alternative_set = [torch.cat(part) for part in zip(*sets)]        # of what was forgotten earlier, too
     name = f"{args.method}-{FACTORS[factor]}{'-'.join(map(str, values))}"
+    name += f"-after-{path.parent.name}" if earlier else ""
     folder = run_folder(args.out, Path("runs", args.dataset, name), args.resume)
     what = ", ".join(f"{v} ({names[factor][v]})" for v in values)
     print(f"{args.method}: forget {FACTORS[factor]} {what} of {path}; {opts['steps']} steps, batch "
           f"{opts['batch_size']}, lr {opts['lr']:g}" + (f", alternative {alternative}" if args.method == "dimum" else ""))
 
-    classifier, accuracy = load_classifier(args.dataset, args.data_dir, device)
+    classifier, accuracy = load_classifier(args.dataset, args.data_dir, device, names, size)
     real, _ = balanced(*task.retain_set, max(1, 4500 // len(torch.unique(task.retain_set[1], dim=0))))
     real_features = in_batches(classifier.features, real)
-    measure = lambda m, label, keep=False: evaluate(m, classifier, names, factor, values, real_features, args.samples,
-                                                    args.sampler_steps, args.guidance, label=label, keep=keep)
+    measure = lambda m, label, keep=False: evaluate(
+        m, classifier, names, task.gone, factor, real_features, args.samples, args.sampler_steps, args.guidance,
+        label=label, keep=keep)
     before, images_before, y_eval = measure(model, "before", keep=True)
 
     keep = dict(path=folder / "train.pt", resume=args.resume, settings={
-        "dataset": args.dataset, "method": args.method, "factor": factor, "values": values, "alternative": alternative,
+        "dataset": args.dataset, "method": args.method, "factor": factor, "gone": task.gone, "alternative": alternative,
         "alt_size": args.alt_size, "seed": args.seed, "ckpt": fingerprint(model)[:12], **opts})
     point = lambda step, metrics: {"step": step, "ua": metrics["ua"], "fid": metrics["fid"]}
     if args.method == "retrain":
@@ -371,8 +475,7 @@ def main():
     rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
     save_grid(torch.cat([pick(x, y_eval, labels) for x in (images_before, images_after)]), folder / "samples.png",
               **{**layout, "rows": rows})
-    forgotten = {**info.get("forgotten", {})}
-    forgotten[FACTORS[factor]] = sorted({*forgotten.get(FACTORS[factor], []), *values})
+    forgotten = {FACTORS[f]: gone for f, gone in task.gone.items()}
     made_by = {"stage": "unlearn", "method": args.method, "from": str(path), "seed": args.seed, **opts}
     save_checkpoint(folder / "model.pt", model, {"dataset": args.dataset, "names": names, "forgotten": forgotten,
                                                  "made_by": made_by})
@@ -385,7 +488,7 @@ def main():
     write_json(folder / "result.json", {
         "stage": "unlearn", "dataset": args.dataset, "method": args.method,
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
-        "before": before, "after": after, "curve": curve, "ckpt": str(path),
+        "all_forgotten": forgotten, "before": before, "after": after, "curve": curve, "ckpt": str(path),
         "alternative": alternative if args.method == "dimum" else None,
         "protocol": protocol(args.dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance,
                              1234, args.seed),
@@ -393,6 +496,8 @@ def main():
         "seconds": round(time.time() - started, 1)})
     (folder / "train.pt").unlink()                 # the run is whole: there is nothing to resume
     show(before, after)
+    if len(after["ua_of"]) > 1:
+        print("UA of each: " + ", ".join(f"{name} {100 * ua:.1f} %" for name, ua in after["ua_of"].items()))
     n, m = after["ua_samples"], after["ira_samples"]
     print(f"({n} + {m} samples, {args.sampler_steps} DDIM steps, guidance {args.guidance:g}, seed {args.seed}; "
           "95 % intervals)\n"
