@@ -38,7 +38,8 @@ CODE = [Path(__file__).with_name(name).read_bytes() for name in ("model.py", "tr
 # ---- the classifier --------------------------------------------------------------------------------------------
 
 class Classifier(nn.Module):
-    """A small CNN that names the class (and the style). x (B, C, size, size) in [-1, 1] -> a list of logits per factor.
+    """A small CNN that names the class (and the style). x (B, C, size, size) in [-1, 1] -> a list of logits per factor,
+    whose last entry stands for "none of these": without it noise must be called something, and was called a square.
 
     `features(x)` (B, 4 * width) are what it knows about an image before naming it; they serve as FID features.
     """
@@ -52,7 +53,7 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(block(channels, w, size // 32), block(w, 2 * w, 2), block(2 * w, 2 * w, 1),
                                   block(2 * w, 4 * w, 2), block(4 * w, 4 * w, 1), block(4 * w, 4 * w, 2))
         self.embed = nn.Sequential(nn.Flatten(), nn.Linear(64 * w, 4 * w), nn.ReLU())       # keeps where things are
-        self.heads = nn.ModuleList(nn.Linear(4 * w, n) for n in classes)
+        self.heads = nn.ModuleList(nn.Linear(4 * w, n + 1) for n in classes)
 
     def features(self, x):
         return self.embed(self.body(x))
@@ -74,13 +75,26 @@ def in_batches(f, images, batch=250, label=None):
 
 
 def predict(classifier, images):
-    """The recognised value of every factor, (N, F), for images (N, C, H, W)."""
+    """The recognised value of every factor, (N, F), for images (N, C, H, W); its number of values stands for none."""
     return in_batches(lambda x: torch.stack([logits.argmax(1) for logits in classifier(x)], 1), images)
+
+
+def garbage(x):
+    """What a ruined model may draw in place of x (n, C, H, W): pixel noise, smooth noise or one flat colour, with at most
+    a shadow (30 %) of x in it."""
+    n, c, h, w = x.shape
+    uniform = lambda *size: torch.rand(n, c, *size, device=x.device) * 2 - 1
+    kinds = torch.stack([uniform(h, w), F.interpolate(2 * uniform(5, 5), (h, w), mode="bilinear"),
+                         uniform(1, 1).expand(-1, -1, h, w)])
+    noise = kinds[torch.randint(3, (n,), device=x.device), torch.arange(n, device=x.device)]
+    shadow = 0.3 * torch.rand(n, 1, 1, 1, device=x.device)
+    return (shadow * x + (1 - shadow) * noise).clamp(-1, 1)
 
 
 def train_classifier(dataset, data_dir, device, size, seed=0, steps=None, batch_size=128, lr=3e-3, **keep):
     """Train on the train split; returns (classifier, accuracy on the test split per factor, the Loop). Images are
-    shifted by up to 2 pixels and a little noise is added, so that a generated image's small faults do not decide."""
+    shifted by up to 2 pixels and a little noise is added, so that a generated image's small faults do not decide. An
+    eighth of every batch is garbage, to be called none."""
     torch.manual_seed(seed)
     images, y, names = load_data(dataset, "train", data_dir, device, size)
     width, default_steps = CLASSIFIER[dataset]
@@ -89,11 +103,14 @@ def train_classifier(dataset, data_dir, device, size, seed=0, steps=None, batch_
     net = net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
     settings = dict(dataset=dataset, seed=seed, steps=steps, batch_size=batch_size, lr=lr)
+    none = torch.tensor([len(n) for n in names], device=device)
     loop = Loop("classifier", steps, settings=settings, model=net, optimizer=optimizer, **keep)
     for step in loop:
         x, labels = get_batch(images, y, batch_size, flip=dataset == "cifar10")
         dx, dy = torch.randint(-2, 3, (2,)).tolist()
         x = x.roll((dx, dy), (2, 3)) + 0.05 * torch.randn_like(x)
+        spoilt = max(len(x) // 8, 1)
+        x[:spoilt], labels[:spoilt] = garbage(x[:spoilt]), none
         loss = sum(F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(net(x)))
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, 100, cosine=True)
         optimizer.zero_grad(set_to_none=True)

@@ -633,7 +633,8 @@ def test_esds_target_is_a_constant_of_the_frozen_model():
         for p in net.parameters():
             p += 0.05
     torch.manual_seed(7)
-    (loss, *_), = losses_of("esd", task, net)
+    (loss, mask, _), = losses_of("esd", task, net)
+    assert {n.split(".")[0] for (n, _), m in zip(net.named_parameters(), mask) if m.any()} == {"label_embs", "label_mlps"}
     loss.backward()
     rows = net.label_embs[0].weight.grad.abs().sum(1)
     assert rows[1] > 0 and rows[4] == 0                # the null branch is the frozen model's: no gradient reaches ours
@@ -793,6 +794,16 @@ def test_inception_pools_as_pytorch_fid_does():
         expected = F.relu(patched.Mixed_7c.branch_pool.bn(pooled))
         assert torch.allclose(outputs["Mixed_7c"][:, -192:], expected, atol=1e-5)
         assert found.shape == (2, 2048) and torch.allclose(found, outputs["Mixed_7c"].mean((2, 3)), atol=1e-5)
+
+
+def test_garbage_is_recognised_as_nothing():
+    classifier, accuracy = fid.load_classifier("shapes", "data", torch.device("cpu"), train_ddpm.label_names("shapes"))
+    x, y = train_ddpm.draw_shapes(4, seed=77)
+    x = x.float() / 127.5 - 1
+    assert (fid.predict(classifier, x) == y).double().mean() > 0.98
+    torch.manual_seed(3)
+    for spoilt in (fid.garbage(x), torch.rand_like(x) * 2 - 1, torch.randn_like(x).clamp(-1, 1)):
+        assert (fid.predict(classifier, spoilt) == torch.tensor([10, 5])).double().mean() > 0.95
 
 
 @pytest.mark.parametrize("hits,n", [(0, 20), (7, 20), (20, 20), (500, 1000)])
