@@ -44,7 +44,19 @@ DEFAULTS = {
         "salun": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
         "sfron": dict(steps=100, batch_size=32, lr=3e-4, weight=10.0),
         "esd": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
-        "sa": dict(steps=200, batch_size=32, lr=3e-4, weight=10.0),
+        "sa": dict(steps=200, batch_size=32, lr=1e-3, weight=0.01),    # 10, the paper's, let nothing move here
+        # ga: 0.3 left UA at 0 %, 1.0 destroyed the retained classes.
+        "ga": dict(steps=1000, batch_size=128, lr=1e-4, weight=0.05),
+        "rl": dict(steps=1000, batch_size=128, lr=1e-4, weight=1e-3),
+        "finetune": dict(steps=1000, batch_size=128, lr=1e-4, weight=1.0),
+        "retrain": dict(steps=800000, batch_size=128, lr=2e-4, weight=1.0),
+    },
+    "small": {
+        "dimum": dict(steps=150, batch_size=32, lr=1e-3, weight=1.0),
+        "salun": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
+        "sfron": dict(steps=100, batch_size=32, lr=3e-4, weight=10.0),
+        "esd": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
+        "sa": dict(steps=200, batch_size=32, lr=1e-3, weight=0.01),    # 10, the paper's, let nothing move here
         # ga found no weight that forgets and keeps: 0.05 and 0.3 left UA at 0 %, 1.0 destroyed the retained classes.
         "ga": dict(steps=100, batch_size=32, lr=3e-4, weight=0.6),
         "rl": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
