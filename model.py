@@ -395,7 +395,7 @@ class Parser(argparse.ArgumentParser):
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            return action.help if action.default in (None, False) else super()._get_help_string(action)
+            return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=self.Formatter, allow_abbrev=False)
