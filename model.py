@@ -633,7 +633,8 @@ def save_grid(images, path, columns=None, rows=(), heads=(), scale=2):
     write_file(path, lambda p: canvas.save(p, "PNG"))
 
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f", "#a50026")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f", "#a50026", "#6a3d9a",
+          "#8b5a2b", "#b2df00")
 
 
 def save_plot(path, series, title, xlabel, ylabel, y_range=None):
