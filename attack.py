@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from fid import balanced, evaluate, in_batches, load_classifier, percent, pick, protocol
-from model import (FACTORS, Parser, diffusion_loss, fail, fingerprint, load_checkpoint, number, pick_device, run_folder,
-                   run_script, sample, save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_file,
-                   write_json)
+from fid import evaluate, load_classifier, percent, protocol, reference_features, save_before_after
+from model import (FACTORS, Parser, diffusion_loss, fail, fingerprint, forgotten_values, load_checkpoint, number,
+                   pick_device, run_folder, run_script, sample, save_checkpoint, save_plot, to_uint8, write_csv,
+                   write_file, write_json)
 from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
-                        load_data, read_image, show_labels)
+                        load_data, read_image)
 
 # cifar10: our reading of the paper's setting; small: found on shapes. every: steps between points of the curve.
 DEFAULTS = {"cifar10": dict(steps=5000, batch_size=128, lr=1e-4, every=500),
@@ -209,15 +209,14 @@ def main():
 
     path = Path(args.run, "model.pt") if Path(args.run).is_dir() else Path(args.run)
     model, info = load_checkpoint(path, device)
-    dataset, names = info["dataset"], info["names"]
+    dataset, names, gone = info["dataset"], info["names"], forgotten_values(info)
     if args.cls or args.style:
         factor, values = find_forgotten(args, names)
-    elif info.get("forgotten"):
-        factor = next(i for i, f in enumerate(FACTORS) if info["forgotten"].get(f))
-        values = info["forgotten"][FACTORS[factor]]
+    elif gone:
+        factor = min(gone)
+        values = gone[factor]
     else:
         fail(f"{path} has forgotten nothing; say what to count with --cls or --style, such as --cls 1")
-    gone = {i: info["forgotten"][f] for i, f in enumerate(FACTORS) if info.get("forgotten", {}).get(f)}
     gone[factor] = sorted({*gone.get(factor, []), *values})
     method = info["made_by"].get("method", "original")
     opts = dict(DEFAULTS["cifar10" if model.cfg.width >= 128 else "small"])
@@ -235,10 +234,10 @@ def main():
           f"{', '.join(names[factor][v] for v in values)}")
 
     classifier, accuracy = load_classifier(dataset, args.data_dir, device, names, model.cfg.image_size)
-    kept, kept_y, _ = load_data(dataset, "train", args.data_dir, device, model.cfg.image_size)
-    kept, kept_y = exclude(kept, kept_y, gone)
-    real, _ = balanced(kept, kept_y, max(1, 4500 // len(torch.unique(kept_y, dim=0))))
-    real_features = in_batches(classifier.features, real)
+    kept = images, y
+    if args.aux != "retain":
+        kept = auxiliary_set("retain", model, dataset, args.data_dir, device, names, gone)
+    real_features = reference_features(classifier, *kept)
 
     def measure(step, keep=False):
         metrics, pictures, y_eval = evaluate(model, classifier, names, gone, factor, real_features, args.samples,
@@ -247,19 +246,17 @@ def main():
         print(f"step {step:>6}: AR {100 * point['ar']:5.1f} % [{100 * point['ar_low']:.1f}, "
               f"{100 * point['ar_high']:.1f}]   IRA {percent(metrics, 'ira')}   FID {metrics['fid'] or math.nan:.3f}",
               flush=True)
-        return metrics, point, pick(pictures, y_eval, labels)
-    labels, layout = show_labels(names)
-    before, first_point, picture_before = measure(0, keep=True)
+        return metrics, point, pictures, y_eval
+    before, first_point, pictures_before, y_eval = measure(0, keep=True)
     settings = {"dataset": dataset, "run": run_name, "aux": args.aux, "factor": factor, "values": values,
                 "seed": args.seed, "ckpt": fingerprint(model)[:12], **opts}
     loop = dimra(model, images, y, opts["steps"], opts["batch_size"], opts["lr"], lambda step: measure(step)[1],
                  opts["every"], flip=dataset == "cifar10", path=folder / "train.pt", resume=args.resume,
                  settings=settings)
-    after, last_point, picture_after = measure(opts["steps"])
+    after, last_point, pictures_after, _ = measure(opts["steps"])
     curve = [first_point, *loop.data["curve"], last_point]
 
-    rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
-    save_grid(torch.cat([picture_before, picture_after]), folder / "samples.png", **{**layout, "rows": rows})
+    save_before_after(folder / "samples.png", names, y_eval, pictures_before, pictures_after)
     save_checkpoint(folder / "model.pt", model, {
         "dataset": dataset, "names": names, "forgotten": {FACTORS[i]: v for i, v in gone.items()},
         "made_by": {"stage": "attack", "method": method, "from": str(path), **opts}})

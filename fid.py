@@ -24,7 +24,7 @@ from PIL import Image
 from model import (FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, pick_device, read_file,
                    run_folder, run_script, sample, save_grid, save_torch, to_uint8, write_json)
 from train_ddpm import (Loop, all_labels, common_flags, dataset_flag, exclude, find_images, get_batch, label_names,
-                        learning_rate, load_data)
+                        learning_rate, load_data, show_labels)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")          # the name ends with the start of its SHA-256
@@ -80,8 +80,8 @@ def predict(classifier, images):
 
 
 def garbage(x):
-    """What a ruined model may draw in place of x (n, C, H, W): pixel noise, smooth noise or one flat colour, with at most
-    a shadow (30 %) of x in it."""
+    """What a ruined model may draw in place of x (n, C, H, W): pixel noise, smooth noise or one flat colour, with at
+    most a shadow (30 %) of x in it."""
     n, c, h, w = x.shape
     uniform = lambda *size: torch.rand(n, c, *size, device=x.device) * 2 - 1
     kinds = torch.stack([uniform(h, w), F.interpolate(2 * uniform(5, 5), (h, w), mode="bilinear"),
@@ -236,6 +236,12 @@ def balanced(images, y, per_cell):
     return images[index], y[index]
 
 
+def reference_features(classifier, images, y, n=4500):
+    """The features (about n, D) that samples are compared with: of equally many images of every label combination."""
+    images, _ = balanced(images, y, max(1, n // len(torch.unique(y, dim=0))))
+    return in_batches(classifier.features, images)
+
+
 def split_labels(names, gone, samples):
     """Labels to sample: (forgotten (N1, F), retained (N2, F)). A third of `samples` goes to the conditions with a value
     of gone, {factor: [value, ...]}, the rest to the others, spread evenly over all combinations (at least one each)."""
@@ -305,6 +311,13 @@ def pick(images, y, wanted):
         used[tuple(label)] = used.get(tuple(label), -1) + 1
         index.append(matches[used[tuple(label)] % len(matches)])
     return images[torch.stack(index)]
+
+
+def save_before_after(path, names, y, before, after):
+    """The picture of two evaluations, images (N, C, H, W) drawn for labels y (N, F): one above the other."""
+    wanted, layout = show_labels(names)
+    rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
+    save_grid(torch.cat([pick(images, y, wanted) for images in (before, after)]), path, **{**layout, "rows": rows})
 
 
 def protocol(dataset, names, metrics, real_features, accuracy, steps, guidance, seed, train_seed):

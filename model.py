@@ -606,6 +606,11 @@ def cached(compute, *inputs):
         return value
 
 
+def forgotten_values(info):
+    """{factor index: [value, ...]} that the model of load_checkpoint's info has forgotten; {} for an original one."""
+    return {i: info["forgotten"][name] for i, name in enumerate(FACTORS) if info.get("forgotten", {}).get(name)}
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------
 
 def to_uint8(x):

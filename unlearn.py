@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from fid import balanced, evaluate, in_batches, load_classifier, percent, pick, protocol
+from fid import evaluate, load_classifier, percent, protocol, reference_features, save_before_after
 from model import (FACTORS, Parser, T, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels, fail,
-                   fingerprint, guided_output, load_checkpoint, number, pick_device, run_folder, run_script, sample,
-                   save_checkpoint, save_grid, save_plot, to_uint8, write_csv, write_json)
+                   fingerprint, forgotten_values, guided_output, load_checkpoint, number, pick_device, run_folder,
+                   run_script, sample, save_checkpoint, save_plot, to_uint8, write_csv, write_json)
 from train_ddpm import (BROKEN, DEFAULTS as PRETRAIN, Loop, common_flags, dataset_flag, exclude, find_forgotten,
-                        find_value, get_batch, learning_rate, load_data, read_image, show_labels, train)
+                        find_value, get_batch, learning_rate, load_data, read_image, train)
 
 # cifar10: each method's own paper or public configuration. small: found for the small network on shapes (and used for
 # fashion). `weight` multiplies the term named in the method's docstring.
@@ -46,18 +46,6 @@ DEFAULTS = {
         "esd": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
         "sa": dict(steps=200, batch_size=32, lr=1e-3, weight=0.01),    # 10, the paper's, let nothing move here
         # ga: 0.3 left UA at 0 %, 1.0 destroyed the retained classes.
-        "ga": dict(steps=1000, batch_size=128, lr=1e-4, weight=0.05),
-        "rl": dict(steps=1000, batch_size=128, lr=1e-4, weight=1e-3),
-        "finetune": dict(steps=1000, batch_size=128, lr=1e-4, weight=1.0),
-        "retrain": dict(steps=800000, batch_size=128, lr=2e-4, weight=1.0),
-    },
-    "small": {
-        "dimum": dict(steps=150, batch_size=32, lr=1e-3, weight=1.0),
-        "salun": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
-        "sfron": dict(steps=100, batch_size=32, lr=3e-4, weight=10.0),
-        "esd": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
-        "sa": dict(steps=200, batch_size=32, lr=1e-3, weight=0.01),    # 10, the paper's, let nothing move here
-        # ga found no weight that forgets and keeps: 0.05 and 0.3 left UA at 0 %, 1.0 destroyed the retained classes.
         "ga": dict(steps=100, batch_size=32, lr=3e-4, weight=0.6),
         "rl": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
         "finetune": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
@@ -233,10 +221,11 @@ def prepare_sfron(model, task):
 
 
 def prepare_esd(model, task):
-    """The frozen first model, and a mask of the layers through which the label enters, as ESD-x trains only those of the
-    cross-attention. (All layers at the same rate were tried: IRA 51 % at UA 87 %.)"""
+    """The frozen first model, and a mask of the layers through which the label enters, as ESD-x trains only those of
+    the cross-attention. (All layers at the same rate were tried: IRA 51 % at UA 87 %.)"""
     task.frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    task.mask = [torch.full_like(p, name.startswith("label_"), dtype=torch.bool) for name, p in model.named_parameters()]
+    task.mask = [torch.full_like(p, name.startswith("label_"), dtype=torch.bool)
+                 for name, p in model.named_parameters()]
 
 
 def prepare_sa(model, task, examples=50, replayed=200):
@@ -440,7 +429,7 @@ def main():
     opts = dict(DEFAULTS["cifar10" if model.cfg.width >= 128 else "small"][args.method])
     opts.update({k: v for k in ("steps", "batch_size", "lr", "weight") if (v := getattr(args, k)) is not None})
     torch.manual_seed(args.seed)
-    earlier = {i: info["forgotten"][f] for i, f in enumerate(FACTORS) if info.get("forgotten", {}).get(f)}
+    earlier = forgotten_values(info)
     size = model.cfg.image_size
     images, y, found = load_data(args.dataset, "train", args.data_dir, device, size)
     if found != names:
@@ -462,8 +451,7 @@ def main():
           f"{opts['batch_size']}, lr {opts['lr']:g}" + (f", alternative {alternative}" if args.method == "dimum" else ""))
 
     classifier, accuracy = load_classifier(args.dataset, args.data_dir, device, names, size)
-    real, _ = balanced(*task.retain_set, max(1, 4500 // len(torch.unique(task.retain_set[1], dim=0))))
-    real_features = in_batches(classifier.features, real)
+    real_features = reference_features(classifier, *task.retain_set)
     measure = lambda m, label, keep=False: evaluate(
         m, classifier, names, task.gone, factor, real_features, args.samples, args.sampler_steps, args.guidance,
         label=label, keep=keep)
@@ -486,10 +474,7 @@ def main():
     after, images_after, _ = measure(model, "after")
     curve = [point(0, before), *loop.data.get("curve", []), point(opts["steps"], after)] if args.eval_every else []
 
-    labels, layout = show_labels(names)
-    rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
-    save_grid(torch.cat([pick(x, y_eval, labels) for x in (images_before, images_after)]), folder / "samples.png",
-              **{**layout, "rows": rows})
+    save_before_after(folder / "samples.png", names, y_eval, images_before, images_after)
     forgotten = {FACTORS[f]: gone for f, gone in task.gone.items()}
     made_by = {"stage": "unlearn", "method": args.method, "from": str(path), "seed": args.seed, **opts}
     save_checkpoint(folder / "model.pt", model, {"dataset": args.dataset, "names": names, "forgotten": forgotten,
