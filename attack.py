@@ -256,7 +256,7 @@ def main():
     after, last_point, pictures_after, _ = measure(opts["steps"])
     curve = [first_point, *loop.data["curve"], last_point]
 
-    save_before_after(folder / "samples.png", names, y_eval, pictures_before, pictures_after)
+    save_before_after(folder / "samples.png", names, gone, y_eval, pictures_before, pictures_after)
     save_checkpoint(folder / "model.pt", model, {
         "dataset": dataset, "names": names, "forgotten": {FACTORS[i]: v for i, v in gone.items()},
         "made_by": {"stage": "attack", "method": method, "from": str(path), **opts}})

@@ -313,9 +313,10 @@ def pick(images, y, wanted):
     return images[torch.stack(index)]
 
 
-def save_before_after(path, names, y, before, after):
-    """The picture of two evaluations, images (N, C, H, W) drawn for labels y (N, F): one above the other."""
-    wanted, layout = show_labels(names)
+def save_before_after(path, names, gone, y, before, after):
+    """The picture of two evaluations, images (N, C, H, W) drawn for labels y (N, F): one above the other. What is
+    gone, {factor: [value, ...]}, is shown in any case."""
+    wanted, layout = show_labels(names, wanted=gone)
     rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
     save_grid(torch.cat([pick(images, y, wanted) for images in (before, after)]), path, **{**layout, "rows": rows})
 

@@ -189,6 +189,15 @@ def test_the_target_determines_x0_and_eps(prediction):
         assert torch.allclose(back[0], x0, atol=2e-3) and torch.allclose(back[1], eps, atol=2e-3)
 
 
+def test_a_picture_of_many_values_shows_some_of_them_and_the_forgotten_ones():
+    names = [[f"class{i}" for i in range(20)], [f"style{i}" for i in range(60)]]
+    y, layout = train_ddpm.show_labels(names, wanted={1: [59, 10]})
+    assert y.shape == (10 * 13, 2) and layout["columns"] == 10 and layout["rows"][-1] == "style59"
+    assert [tuple(v) for v in y[:2].tolist()] == [(0, 0), (2, 0)] and y[-1].tolist() == [18, 59]
+    y, layout = train_ddpm.show_labels([names[0][:10]])
+    assert y.flatten().tolist() == list(range(10)) * 4 and layout["rows"] == ()
+
+
 def test_times_are_antithetic_and_labels_drop_together():
     t = M.antithetic_times(1001, torch.device("cpu"))
     assert len(t) == 1001 and torch.equal(t[:500] + t[501:1001], torch.full((500,), 999))

@@ -612,12 +612,15 @@ def dataset_flag(group):
     group.add_argument("--image-size", type=int, choices=(32, 64, 128), default=64, help="of a folder's images")
 
 
-def show_labels(names, per_cell=1):
-    """Labels and layout for a picture: a column per class; a row per style, or four rows where there are none."""
-    y = all_labels(names, per_cell if len(names) > 1 else 4 * per_cell)
-    order = y.view(len(names[0]), -1, len(names)).transpose(0, 1).reshape(-1, len(names))
-    rows = [n for n in names[1] for _ in range(per_cell)] if len(names) > 1 else ()
-    return order, dict(columns=len(names[0]), heads=[n[:9] for n in names[0]], rows=rows)
+def show_labels(names, per_cell=1, wanted={}, most=12):
+    """Labels and layout for a picture: a column per class; a row per style, or four rows where there are none. Of a
+    factor with more values than `most` evenly spaced ones are shown, and those of wanted {factor: [value, ...]}."""
+    shown = [sorted({*range(0, len(n), math.ceil(len(n) / most)), *wanted.get(i, ())}) for i, n in enumerate(names)]
+    index = all_labels(shown, per_cell if len(names) > 1 else 4 * per_cell)
+    y = torch.stack([torch.tensor(values)[index[:, i]] for i, values in enumerate(shown)], 1)
+    order = y.view(len(shown[0]), -1, len(names)).transpose(0, 1).reshape(-1, len(names))
+    rows = [names[1][v] for v in shown[1] for _ in range(per_cell)] if len(names) > 1 else ()
+    return order, dict(columns=len(shown[0]), heads=[names[0][v][:9] for v in shown[0]], rows=rows)
 
 
 def exclude(images, y, values):

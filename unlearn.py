@@ -474,7 +474,7 @@ def main():
     after, images_after, _ = measure(model, "after")
     curve = [point(0, before), *loop.data.get("curve", []), point(opts["steps"], after)] if args.eval_every else []
 
-    save_before_after(folder / "samples.png", names, y_eval, images_before, images_after)
+    save_before_after(folder / "samples.png", names, task.gone, y_eval, images_before, images_after)
     forgotten = {FACTORS[f]: gone for f, gone in task.gone.items()}
     made_by = {"stage": "unlearn", "method": args.method, "from": str(path), "seed": args.seed, **opts}
     save_checkpoint(folder / "model.pt", model, {"dataset": args.dataset, "names": names, "forgotten": forgotten,
