@@ -24,7 +24,7 @@ from PIL import Image
 from model import (FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, pick_device, read_file,
                    run_folder, run_script, sample, save_grid, save_torch, to_uint8, write_json)
 from train_ddpm import (Loop, all_labels, common_flags, dataset_flag, exclude, find_images, get_batch, label_names,
-                        learning_rate, load_data, show_labels)
+                        learning_rate, load_data, same_data, show_labels)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")          # the name ends with the start of its SHA-256
@@ -405,9 +405,10 @@ def main():
             "protocol": {"split": "test", "images": len(x), "seed": args.seed}, "steps": loop.steps,
             "seconds": loop.data["seconds"]})
         print("accuracy on the test split: " + ", ".join(f"{f} {100 * a:.2f} %" for f, a in zip(FACTORS, accuracy)))
+        size = f" --image-size {args.image_size}" if args.image_size != 64 else ""
         model = "assets/shapes.pt" if args.dataset == "shapes" else f"runs/{args.dataset}/pretrain"
         print(f"wrote {folder}/model.pt, and samples.png with images it gets wrong\n"
-              f"next: python fid.py test {model} --dataset {args.dataset}")
+              f"next: python fid.py test {model} --dataset {args.dataset}{same_data(args)}{size}")
         return
     if not args.real or not args.fake:
         fail("name two sources, such as: python fid.py test assets/shapes.pt; see 'python fid.py --help'")

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -364,17 +365,22 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(capsys):
     assert "--data-dir" in refused(capsys, train_ddpm, "--dataset", "folder", "--data-dir", "nowhere")
 
 
-def test_a_folder_goes_through_all_stages_at_64_pixels(monkeypatch):
-    make_folder("art", ("Van Gogh", "Seed_Images"), ("Dogs", "Human Face", "Bears"), n=8)
+def test_a_folder_goes_through_all_stages_at_64_pixels_as_each_says(monkeypatch, capsys):
+    make_folder("my art", ("Van Gogh", "Seed_Images"), ("Dogs", "Human Face", "Bears"), n=8)
     monkeypatch.setitem(M.PRESETS, "small", M.UNetConfig(width=8, mult=(1, 1), groups=4, attention=()))
-    data = ("--dataset", "folder", "--data-dir", "art")
-    run(fid, *data, "--train-classifier", "--steps", 2, "--batch-size", 4)
+    data = ("--dataset", "folder", "--data-dir", "my art")
+
+    def follow(*more):
+        """What the last stage says to run next."""
+        script, *words = shlex.split(capsys.readouterr().out.rsplit("next: python ", 1)[1])
+        run({"unlearn.py": unlearn, "attack.py": attack, "fid.py": fid}[script], *words, *more)
     run(train_ddpm, *data, *QUICK)
     net, info = M.load_checkpoint("runs/folder/pretrain/model.pt")
     assert net.cfg.image_size == 64 and net.cfg.mult == (1, 1, 1)
+    run(fid, *data, "--train-classifier", "--steps", 2, "--batch-size", 4)
+    follow("--samples", 10, "--sampler-steps", 1)
     run(unlearn, *data, "--style", "van gogh", *QUICK)
-    run(attack, "runs/folder/dimum-style1", "--data-dir", "art", *QUICK)
-    run(fid, "test", "runs/folder/dimum-style1", *data, "--samples", 10, "--sampler-steps", 1)
+    follow(*QUICK)
     result = json.loads(Path("runs/folder/attack-dimum-style1-retain/result.json").read_text())
     assert result["forget"]["names"] == ["Van Gogh"]
 

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import math
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -612,6 +613,11 @@ def dataset_flag(group):
     group.add_argument("--image-size", type=int, choices=(32, 64, 128), default=64, help="of a folder's images")
 
 
+def same_data(args):
+    """The flag with which the next stage finds the same data."""
+    return f" --data-dir {shlex.quote(args.data_dir)}" if args.data_dir != "data" else ""
+
+
 def show_labels(names, per_cell=1, wanted={}, most=12):
     """Labels and layout for a picture: a column per class; a row per style, or four rows where there are none. Of a
     factor with more values than `most` evenly spaced ones are shown, and those of wanted {factor: [value, ...]}."""
@@ -704,7 +710,8 @@ def main():
         "args": vars(args), "seconds": data["seconds"], "steps": opts["steps"],
         "final_loss": log[-1]["loss"] if log else None})
     print(f"wrote {folder}/model.pt and samples.png; {data['seconds'] / 60:.1f} minutes of training\n"
-          f"next: python unlearn.py --method dimum --cls 1 --dataset {args.dataset} --ckpt {folder}/model.pt")
+          f"next: python unlearn.py --method dimum --cls 1 --dataset {args.dataset} --ckpt {folder}/model.pt"
+          + same_data(args))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from model import (FACTORS, Parser, T, UNet, add_noise, antithetic_times, autoca
                    fingerprint, forgotten_values, guided_output, load_checkpoint, number, pick_device, run_folder,
                    run_script, sample, save_checkpoint, save_plot, to_uint8, write_csv, write_json)
 from train_ddpm import (BROKEN, DEFAULTS as PRETRAIN, Loop, common_flags, dataset_flag, exclude, find_forgotten,
-                        find_value, get_batch, learning_rate, load_data, read_image, train)
+                        find_value, get_batch, learning_rate, load_data, read_image, same_data, train)
 
 # cifar10: each method's own paper or public configuration. small: found for the small network on shapes (and used for
 # fashion). `weight` multiplies the term named in the method's docstring.
@@ -502,7 +502,7 @@ def main():
     print(f"({n} + {m} samples, {args.sampler_steps} DDIM steps, guidance {args.guidance:g}, seed {args.seed}; "
           "95 % intervals)\n"
           f"wrote {folder}/model.pt, result.json and samples.png in {time.time() - started:.0f} seconds\n"
-          f"next: python attack.py {folder}")
+          f"next: python attack.py {folder}{same_data(args)}")
 
 
 if __name__ == "__main__":
