@@ -42,7 +42,7 @@ DEFAULTS = {
     "small": {
         "dimum": dict(steps=150, batch_size=32, lr=1e-3, weight=1.0),
         "salun": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
-        # sfron: at 10, the paper's, the retain steps bring the class back while the strength falls: UA 38 to 100 % by luck.
+        # sfron: at 10, the paper's, its own retain steps brought the class back as the strength fell: UA 38 to 100 %.
         "sfron": dict(steps=200, batch_size=32, lr=3e-4, weight=100.0),
         "esd": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
         "sa": dict(steps=200, batch_size=32, lr=1e-3, weight=0.01),    # 10, the paper's, let nothing move here
@@ -449,7 +449,7 @@ def main():
     folder = run_folder(args.out, Path("runs", args.dataset, name), args.resume)
     what = ", ".join(f"{v} ({names[factor][v]})" for v in values)
     print(f"{args.method}: forget {FACTORS[factor]} {what} of {path}; {opts['steps']} steps, batch "
-          f"{opts['batch_size']}, lr {opts['lr']:g}" + (f", alternative {alternative}" if args.method == "dimum" else ""))
+          f"{opts['batch_size']}, lr {opts['lr']:g}" + f", alternative {alternative}" * (args.method == "dimum"))
 
     classifier, accuracy = load_classifier(args.dataset, args.data_dir, device, names, size)
     real_features = reference_features(classifier, *task.retain_set)
