@@ -8,8 +8,8 @@
     python unlearn.py --method dimum --style neon --ckpt runs/shapes/dimum-cls1/model.pt       # both are forgotten then
     python unlearn.py --method dimum --cls 1 --resume            # go on after a kill
 
-Methods: dimum (the paper), salun, sfron, esd, sa, ga, rl, finetune, retrain. Leaves runs/<dataset>/<method>-cls1/ with
-model.pt, result.json (UA, IRA, CRA and FID before and after), log.csv and samples.png (above: before, below: after).
+Methods: dimum (the paper), salun, sfron, esd, sa, ga, rl, finetune, swap, retrain. Leaves runs/<dataset>/<method>-cls1/
+with model.pt, result.json (UA, IRA, CRA and FID before and after), log.csv and samples.png (above before, below after).
 """
 import copy
 import math
@@ -37,6 +37,7 @@ DEFAULTS = {
         "ga": dict(steps=1000, batch_size=128, lr=1e-4, weight=0.05),
         "rl": dict(steps=1000, batch_size=128, lr=1e-4, weight=1e-3),
         "finetune": dict(steps=1000, batch_size=128, lr=1e-4, weight=1.0),
+        "swap": dict(steps=0, batch_size=128, lr=1e-4, weight=1.0),
         "retrain": dict(steps=800000, batch_size=128, lr=2e-4, weight=1.0),
     },
     "small": {
@@ -50,6 +51,7 @@ DEFAULTS = {
         "ga": dict(steps=100, batch_size=32, lr=3e-4, weight=0.6),
         "rl": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
         "finetune": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
+        "swap": dict(steps=0, batch_size=32, lr=3e-4, weight=1.0),
         "retrain": dict(steps=4000, batch_size=32, lr=2e-3, weight=1.0),
     },
 }
@@ -221,6 +223,13 @@ def prepare_sfron(model, task):
     task.mask = sfron_mask(model, task)
 
 
+def prepare_swap(model, task):
+    """The label embedding of another value, copied over those of the forgotten values."""
+    with torch.no_grad():
+        table = model.label_embs[task.factor].weight
+        table[task.values] = table[task.substitute].clone()
+
+
 def prepare_esd(model, task):
     """The frozen first model, and a mask of the layers through which the label enters, as ESD-x trains only those of
     the cross-attention. (All layers at the same rate were tried: IRA 51 % at UA 87 %.)"""
@@ -238,7 +247,7 @@ def prepare_sa(model, task, examples=50, replayed=200):
     task.fisher = sa_fisher(model, *get_batch(*task.replay_set, examples))
 
 
-PREPARE = {"salun": prepare_salun, "sfron": prepare_sfron, "esd": prepare_esd, "sa": prepare_sa}
+PREPARE = {"salun": prepare_salun, "sfron": prepare_sfron, "esd": prepare_esd, "sa": prepare_sa, "swap": prepare_swap}
 
 
 # ---- methods: each does one step and returns its loss; update(loss) is backward, clip to norm 1, optimiser -------
@@ -336,18 +345,21 @@ def sa(model, task, update):
 
 
 METHODS = {"dimum": dimum, "salun": salun, "sfron": sfron, "esd": esd, "sa": sa, "ga": ga, "rl": rl,
-           "finetune": finetune}
+           "finetune": finetune, "swap": finetune}
 
 
-def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=False, **keep):
+def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=False, embedding_lr=1.0, **keep):
     """`steps` steps of a method from METHODS on the model, in place. Returns the finished Loop, whose data["curve"] has
     what observe(step) returned every `every` steps on the way. keep: path, resume and settings of Loop.
 
     Adam, clipping at norm 1 and no EMA, as in the public SalUn code. Its learning rate is constant; cosine lets it fall
-    to 0, which undoes in few steps what a high rate costs in quality.
+    to 0, which undoes in few steps what a high rate costs in quality. The label embeddings learn at embedding_lr times
+    that rate.
     """
-    params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr, fused=True)
+    params, tables = list(model.parameters()), list(model.label_embs.parameters())
+    rest = [p for name, p in model.named_parameters() if not name.startswith("label_embs")]
+    optimizer = torch.optim.Adam([{"params": rest, "factor": 1.0}, {"params": tables, "factor": embedding_lr}], lr,
+                                 fused=True)
     if method in PREPARE:           # before the state of an interrupted run is loaded: from the first weights
         print(f"{method}: preparing")
         PREPARE[method](model, task)
@@ -369,7 +381,8 @@ def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=Fal
     curve = loop.data.setdefault("curve", [])
     for step in loop:
         task.progress = step / steps
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, 0, cosine)
+        for group in optimizer.param_groups:
+            group["lr"] = group["factor"] * learning_rate(step, steps, lr, 0, cosine)
         loop.loss = METHODS[method](model, task, update)
         if every and (step + 1) % every == 0 and step + 1 < steps:
             curve.append(observe(step + 1))
@@ -417,6 +430,8 @@ def main():
     group.add_argument("--alternative", metavar="WHAT", help="DiMUM memorises class:K (default the next one), mix, "
                        "image:PATH or noise")
     group.add_argument("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N images; default all")
+    group.add_argument("--embedding-lr", type=number(float, 0, 1000), default=1.0, metavar="X", help="the label "
+                       "embeddings learn at X times --lr")
     group.add_argument("--eval-every", type=number(int, 1), metavar="N", help="UA and FID every N steps, in fid.png")
     args = parser.parse_args()
     started, device = time.time(), pick_device(args.device)
@@ -428,7 +443,8 @@ def main():
     names = info["names"]
     factor, values = find_forgotten(args, names)
     opts = dict(DEFAULTS["cifar10" if model.cfg.width >= 128 else "small"][args.method])
-    opts.update({k: v for k in ("steps", "batch_size", "lr", "weight") if (v := getattr(args, k)) is not None})
+    flags = ("steps", "batch_size", "lr", "weight", "embedding_lr")
+    opts.update({k: v for k in flags if (v := getattr(args, k)) is not None})
     torch.manual_seed(args.seed)
     earlier = forgotten_values(info)
     size = model.cfg.image_size
@@ -471,7 +487,7 @@ def main():
     else:
         observe = lambda step: point(step, measure(model, f"step {step}")[0])
         loop = run_method(args.method, model, task, opts["steps"], opts["lr"], observe, args.eval_every,
-                          cosine=model.cfg.width < 128, **keep)
+                          cosine=model.cfg.width < 128, embedding_lr=opts["embedding_lr"], **keep)
     after, images_after, _ = measure(model, "after")
     curve = [point(0, before), *loop.data.get("curve", []), point(opts["steps"], after)] if args.eval_every else []
 
@@ -490,6 +506,7 @@ def main():
         "stage": "unlearn", "dataset": args.dataset, "method": args.method,
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
         "all_forgotten": forgotten, "before": before, "after": after, "curve": curve, "ckpt": str(path),
+        "model": fingerprint(model)[:12],
         "alternative": alternative if args.method == "dimum" else None,
         "protocol": protocol(args.dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance,
                              1234, args.seed),
