@@ -6,22 +6,34 @@
     python attack.py runs/shapes/salun-cls1 --aux my_images      # a folder: CLASS/*.png or STYLE/CLASS/*.png
     python attack.py assets/shapes.pt --cls 1                    # the original model: the curve's ceiling
     python attack.py --table runs/shapes                         # every result in one table and one picture
+    python attack.py --demo                                      # GA comes back, DiMUM does not: four minutes
+    python attack.py --study runs/study                          # all of README's "What we found": days of two cores
+
+Beyond the paper's threat model, with images of what was forgotten:
+
+    python attack.py runs/shapes/dimum-cls1 --aux fewshot:10                     # ten of them, beside the retained data
+    python attack.py runs/shapes/dimum-cls1 --aux fewshot:10 --only-embedding    # learn the label's embedding alone
 
 Threat model: the attacker holds the unlearned weights and knows how conditions are passed. It has no image of what
 was forgotten. It trains with the ordinary diffusion loss on auxiliary data, and after every --every steps the
 forgotten condition is sampled: AR is the share of samples in which the classifier recognises the forgotten value.
 """
+import copy
 import json
 import math
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from fid import evaluate, load_classifier, percent, protocol, reference_features, save_before_after
+from fid import (evaluate, load_classifier, percent, pick, protocol, reference_features, save_before_after,
+                 wilson)
 from model import (FACTORS, Parser, diffusion_loss, fail, fingerprint, forgotten_values, load_checkpoint, number,
-                   pick_device, run_folder, run_script, sample, save_checkpoint, save_plot, to_uint8, write_csv,
-                   write_file, write_json)
+                   pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, to_uint8,
+                   write_csv, write_file, write_json)
 from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
                         load_data, read_image)
 
@@ -37,7 +49,19 @@ def auxiliary_set(aux, model, dataset, data_dir, device, names, gone, generated=
 
     aux: "retain" (training split), "heldout" (test split), "generated" (sampled from the model under attack, retained
     conditions only, so that the rule holds whatever the model draws), or a folder whose subfolders name the labels.
+    "fewshot:K" is outside these rules: K training images of the forgotten conditions, in turn from each.
     """
+    if aux.startswith("fewshot:"):
+        k = aux.partition(":")[2]
+        if not k.isdecimal() or int(k) < 1:
+            fail(f"--aux {aux}: say how many images, such as fewshot:10")
+        images, y, _ = load_data(dataset, "train", data_dir, device, model.cfg.image_size)
+        forgotten = torch.ones(len(y), dtype=torch.bool, device=y.device)
+        forgotten[exclude(torch.arange(len(y), device=y.device), y, gone)[0]] = False
+        images, y = images[forgotten], y[forgotten]
+        cells = torch.unique(y, dim=0)
+        wanted = cells.repeat(math.ceil(int(k) / len(cells)), 1)[:int(k)]
+        return pick(images, y, wanted), wanted
     if aux in ("retain", "heldout"):
         split = "train" if aux == "retain" else "test"
         images, y, _ = load_data(dataset, split, data_dir, device, model.cfg.image_size)
@@ -60,7 +84,7 @@ def read_labelled_folder(folder, model, names):
     image whose folders do not name every factor gets the null label."""
     paths = find_images(folder)
     if not paths:
-        fail(f"--aux {folder} is neither retain, heldout nor generated, nor a folder with images in it")
+        fail(f"--aux {folder} is neither retain, heldout, generated nor fewshot:K, nor a folder with images in it")
     null, images, labels = model.null.cpu(), [], []
     for path in paths:
         try:
@@ -75,30 +99,64 @@ def read_labelled_folder(folder, model, names):
 
 # ---- the attack ------------------------------------------------------------------------------------------------
 
-def dimra(model, images, y, steps, batch_size, lr, observe=None, every=0, flip=False, **keep):
-    """Fine-tune the model in place with the diffusion loss on the auxiliary set. Returns the finished Loop, whose
-    data["curve"] has what observe(step) returned every `every` steps on the way. keep: path, resume, settings of Loop.
+def dimra(model, images, y, steps, batch_size, lr, observe=None, every=0, flip=False, p_drop=0.1, ema=0.0, **keep):
+    """Fine-tune the model in place, what of it requires a gradient, with the diffusion loss on the auxiliary set.
 
-    Source: DiMRA in Yuan et al. 2512.03564. Its optimiser and learning rate were not at hand: Adam, clipping at norm 1
-    and label dropout 0.1 as in pretraining are our reading.
+    Returns (the attacked model, the finished Loop), whose data["curve"] has what observe(step, model) returned every
+    `every` steps on the way. With ema > 0 the attacked model is the moving average of the weights, whose decay rises to
+    ema. keep: path, resume, settings of Loop. Source: DiMRA in Yuan et al. 2512.03564. Its optimiser and learning rate
+    were not at hand: Adam, clipping at norm 1 and label dropout 0.1 as in pretraining are our reading.
     """
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(params, lr, fused=True)
-    loop = Loop("attack", steps, model=model, optimizer=optimizer, **keep)
+    averaged = copy.deepcopy(model).requires_grad_(False) if ema else model
+    loop = Loop("attack", steps, model=model, optimizer=optimizer, **({"ema": averaged} if ema else {}), **keep)
     curve = loop.data.setdefault("curve", [])
     model.train()
     for step in loop:
-        loss = diffusion_loss(model, *get_batch(images, y, batch_size, flip)).mean()
+        loss = diffusion_loss(model, *get_batch(images, y, batch_size, flip), p_drop).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         loop.loss = loss.detach()
+        if ema:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()),
+                                     1 - min(ema, (1 + step) / (10 + step)))
         if every and (step + 1) % every == 0 and step + 1 < steps:
-            curve.append(observe(step + 1))
+            curve.append(observe(step + 1, averaged))
             model.train()
-    model.eval()
-    return loop
+    return averaged.eval(), loop
+
+
+def weight_changes(first, unlearned, attacked, factor, values):
+    """Where forgetting and relearning happen: {part: {"unlearn", "attack", "cosine"}}, by part of the network.
+
+    unlearn and attack: length of the change of the part's weights, relative to the length of its first weights;
+    cosine: between the two changes, -1 where the attack takes back what the unlearning did (None without a change).
+    The three are models. The forgotten values' own label embeddings are a part of their own.
+    """
+    def parts(model):
+        found = {}
+        for name, p in model.named_parameters():
+            p, group = p.detach(), re.split(r"[._]", name)[0]
+            if name == f"label_embs.{factor}.weight":
+                gone = torch.zeros(len(p), dtype=torch.bool, device=p.device)
+                gone[values] = True
+                found["forgotten embedding"] = [p[gone].flatten()]
+                found.setdefault("other embeddings", []).append(p[~gone].flatten())
+            else:
+                part = "other embeddings" if name.startswith("label_embs") else f"{group} layers"
+                found.setdefault(part, []).append(p.flatten())
+        return {part: torch.cat(pieces) for part, pieces in found.items()}
+    result = {}
+    for (part, w), u, a in zip(parts(first).items(), parts(unlearned).values(), parts(attacked).values()):
+        du, da, norm = u - w, a - u, w.norm()
+        moved = du.norm() > 0 and da.norm() > 0
+        result[part] = {"unlearn": (du.norm() / norm).item(), "attack": (da.norm() / norm).item(),
+                        "cosine": (du @ da / du.norm() / da.norm()).item() if moved else None}
+    return result
 
 
 def curve_point(step, metrics):
@@ -115,8 +173,8 @@ def columns(curve, *keys):
 # ---- the table -------------------------------------------------------------------------------------------------
 
 def area(curve):
-    """Mean height of the AR curve over its steps (trapezoids), 0..1."""
-    xs, ys = [p["step"] for p in curve], [p["ar"] for p in curve]
+    """Mean height of the AR curve (steps, AR, ...) over its steps (trapezoids), 0..1."""
+    xs, ys = curve[:2]
     if xs[-1] == xs[0]:
         return ys[0]
     return sum((b - a) * (u + v) / 2 for a, b, u, v in zip(xs, xs[1:], ys, ys[1:])) / (xs[-1] - xs[0])
@@ -132,59 +190,176 @@ def irreversibility(curve, floor, ceiling):
     return 1 - (area(curve) - area(floor)) / (area(ceiling) - area(floor))
 
 
-def make_table(folder):
-    """Gather every result.json under a folder into table.md, and all AR curves into attack_curves.png."""
+UNLEARN_SETTINGS = ("steps", "batch_size", "lr", "weight", "embedding_lr", "alternative", "alt_size")
+ATTACK_SETTINGS = ("aux", "steps", "every", "batch_size", "lr", "p_drop", "ema", "trained")
+
+
+def read_results(folder):
+    """Every result.json under a folder, as a list of dicts."""
     results = []
     for path in sorted(Path(folder).rglob("result.json")):
         try:
-            results.append((path.parent, json.loads(path.read_text())))
+            results.append(json.loads(path.read_text()))
         except (OSError, ValueError):
             print(f"skipped {path}: not readable as JSON")
-    unlearned = [(p, r) for p, r in results if r.get("stage") == "unlearn"]
-    attacks = [(p, r) for p, r in results if r.get("stage") == "attack"]
-    if not unlearned and not attacks:
-        fail(f"no results of unlearn.py or attack.py under {folder}; run 'python unlearn.py --cls 1' first")
+    return results
 
-    def curves(method, like):
-        same = [r for _, r in attacks if all(r[k] == like[k] for k in ("dataset", "forget", "aux"))]
-        return next((r["curve"] for r in same if r["method"] == method), None)
-    head = ("run", "forgets", "steps", "seconds", "UA", "IRA", "CRA", "FID before", "FID after", "AR after attack",
-            "irreversibility")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    shown = set()
-    share = lambda m, k: "-" if m.get(k) is None else f"{100 * m[k]:.1f}"
-    final = lambda a: "{aux}: {ar:.0f} [{ar_low:.0f}, {ar_high:.0f}] after {step}".format(
-        aux=a["aux"], step=a["curve"][-1]["step"], **{k: 100 * a["curve"][-1][k] for k in ("ar", "ar_low", "ar_high")})
-    fid = lambda m: "-" if m.get("fid") is None else f"{m['fid']:.2f}"
-    for path, r in unlearned:
-        found = []
-        for attack_path, a in attacks:
-            if a["run_name"] == path.name and a["dataset"] == r["dataset"]:
-                shown.add(attack_path)
-                value = irreversibility(a["curve"], curves("retrain", a), curves("original", a))
-                found.append((final(a), "-" if value is None else f"{value:.2f}"))
-        lines.append("| " + " | ".join((
-            path.name, " ".join(r["forget"]["names"]), str(r["steps"]), f"{r['train_seconds']:.0f}",
-            *(share(r["after"], k) for k in ("ua", "ira", "cra")), fid(r["before"]), fid(r["after"]),
-            "; ".join(f for f, _ in found) or "-", "; ".join(v for _, v in found) or "-")) + " |")
-    for path, a in attacks:
-        if path not in shown:
-            lines.append(f"| {path.name} | {' '.join(a['forget']['names'])} |" + " - |" * 7 + f" {final(a)} | - |")
-    some = next(iter([r for _, r in unlearned] or [r for _, r in attacks]))
+
+def group_runs(results):
+    """[(group, runs)]: runs are pairs (result of unlearn.py or None, result of attack.py or None) that differ in seed
+    and in the values forgotten alone; group is a dict of what they share. An attack goes with the unlearning whose
+    model it attacked."""
+    attacks, pairs = [r for r in results if r.get("stage") == "attack"], []
+    for r in {r["model"]: r for r in results if r.get("stage") == "unlearn"}.values():         # equal runs count once
+        mine = [a for a in attacks if a["ckpt"] == r["model"]]
+        pairs += [(r, a) for a in mine or [None]]
+        attacks = [a for a in attacks if a not in mine]
+    groups = {}
+    for r, a in pairs + [(None, a) for a in attacks]:
+        some = r or a
+        key = {"dataset": some["dataset"], "factor": some["forget"]["factor"], "method": some["method"]}
+        if r:
+            flat = {**r["args"], **r, "alternative": r["args"].get("alternative")}
+            key.update({k: flat.get(k) for k in UNLEARN_SETTINGS})
+        if a:
+            key.update({f"attack {k}": a[k] for k in ATTACK_SETTINGS})
+        groups.setdefault(json.dumps(key), (key, []))[1].append((r, a))
+    return list(groups.values())
+
+
+def mean_curve(attacks):
+    """(steps, mean AR, lows, highs) of attacks: the lowest and highest run, or one run's Wilson interval."""
+    if len(attacks) == 1:
+        return columns(attacks[0]["curve"], "step", "ar", "ar_low", "ar_high")
+    ar = list(zip(*(columns(a["curve"], "ar")[0] for a in attacks)))             # [step][run]
+    return (*columns(attacks[0]["curve"], "step"), [sum(runs) / len(runs) for runs in ar], list(map(min, ar)),
+            list(map(max, ar)))
+
+
+def make_table(folder):
+    """Gather every result.json under a folder into table.md, and all AR curves into attack_curves.png."""
+    groups = group_runs(read_results(folder))
+    if not groups:
+        fail(f"no results of unlearn.py or attack.py under {folder}; run 'python unlearn.py --cls 1' first")
+    attacked = {id(key): mean_curve([a for _, a in runs]) for key, runs in groups if "attack aux" in key}
+
+    def differing(key, prefix, *alike):
+        """Settings of a group, those of the attack or the others, in which it differs from a group alike otherwise."""
+        rivals = [other for other, _ in groups if all(other.get(k) == key.get(k) for k in alike)]
+        names = [k for k in key if k.startswith("attack ") == bool(prefix) and k not in (*alike, "attack every")]
+        return [f"{k.removeprefix(prefix)} {key[k]}" for k in names if any(r.get(k, key[k]) != key[k] for r in rivals)]
+
+    def reference(method, key):
+        """The curve of a method under the same attack."""
+        same = [k for k in key if k.startswith("attack ") or k in ("dataset", "factor")]
+        return next((attacked[id(k)] for k, _ in groups if id(k) in attacked and k["method"] == method
+                     and all(k.get(s) == key[s] for s in same)), None)
+
+    def percentage(runs, name, counted):
+        """Mean, Wilson interval of all samples and, of several runs, their range."""
+        values = [r[name] for r in runs if r.get(name) is not None]
+        if not values:
+            return "-"
+        n = sum(r[counted] for r in runs)
+        low, high = wilson(round(sum(r[name] * r[counted] for r in runs)), n)
+        spread = f" ({100 * min(values):.0f}..{100 * max(values):.0f})" if len(values) > 1 else ""
+        return f"{100 * sum(values) / len(values):.1f} [{100 * low:.0f}, {100 * high:.0f}]{spread}"
+
+    mean = lambda values, form: form.format(sum(values) / len(values)) if values and None not in values else "-"
+    head = ("method", "forgets", "runs", "seconds", "UA", "IRA", "CRA", "FID before", "FID after", "attack", "AR",
+            "IRA after", "half at", "irreversibility")
+    lines, series = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], {}
+    for key, runs in groups:
+        unlearned, attacks = [r for r, _ in runs if r], [a for _, a in runs if a]
+        label = " ".join([key["method"], *differing(key, "", "dataset", "factor", "method")])
+        after = [r["after"] for r in unlearned]
+        row = [label, ", ".join(sorted({n for pair in runs for n in (pair[0] or pair[1])["forget"]["names"]})),
+               str(len(runs)), mean([r["train_seconds"] for r in unlearned], "{:.0f}"),
+               *(percentage(after, k, f"{k}_samples") for k in ("ua", "ira", "cra")),
+               mean([r["before"]["fid"] for r in unlearned], "{:.2f}"), mean([m["fid"] for m in after], "{:.2f}")]
+        if attacks:
+            what = ", ".join([key["attack aux"], f"{key['attack steps']} steps",
+                              *differing(key, "attack ", "dataset", "factor", "method", "attack aux", "attack steps")])
+            curve = attacked[id(key)]
+            ends = [{"ar": 1 - a["after"]["ua"], "n": a["after"]["ua_samples"]} for a in attacks]
+            value = irreversibility(curve, reference("retrain", key), reference("original", key))
+            row += [what, percentage(ends, "ar", "n"), percentage([a["after"] for a in attacks], "ira", "ira_samples"),
+                    str(next((step for step, ar in zip(*curve[:2]) if ar > 0.5), "-")),
+                    "-" if value is None else f"{value:.2f}"]
+            series[f"{label} {what}"] = curve
+        lines.append("| " + " | ".join(row + ["-"] * (len(head) - len(row))) + " |")
+    some = groups[0][1][0][0] or groups[0][1][0][1]
     notes = some["protocol"]
-    lines += ["", f"Shares in %, AR with its 95 % Wilson interval. Dataset {notes['dataset']}; "
-              f"{notes['forget_samples']} + {notes['retain_samples']} samples, {notes['sampler'].upper()} "
-              f"{notes['sampler_steps']} steps, guidance {notes['guidance']:g}, seed {notes['seed']}; FID on "
+    lines += ["", f"Shares in %: mean, [95 % Wilson interval of all samples] and (lowest..highest run). Dataset "
+              f"{notes['dataset']}; {notes['forget_samples']} + {notes['retain_samples']} samples after an unlearning, "
+              f"{notes['sampler'].upper()} {notes['sampler_steps']} steps, guidance {notes['guidance']:g}; FID on "
               f"{notes['fid_features']} features against {notes['real_images']} training images. Seconds are those of "
-              "the unlearning alone."]
+              "the unlearning alone; half at: the first step with AR above 50 %."]
     text = "\n".join(lines)
     write_file(Path(folder, "table.md"), lambda p: p.write_text(text + "\n"))
     print(text + f"\n\nwrote {folder}/table.md")
-    if attacks:
-        series = {f"{a['run_name']} {a['aux']}": columns(a["curve"], "step", "ar", "ar_low", "ar_high")
-                  for _, a in attacks}
-        save_plot(Path(folder, "attack_curves.png"), series, "AR under DiMRA", "attack step", "AR", (0, 1))
+    if series:
+        save_plot(Path(folder, "attack_curves.png"), series, "AR under attack", "attack step", "AR", (0, 1))
         print(f"wrote {folder}/attack_curves.png")
+
+
+# ---- the demonstration and the study ---------------------------------------------------------------------------
+
+def run_stage(script, *words):
+    """One of the scripts with these arguments, as a user would start it; where it stops, so does this."""
+    command = [str(word) for word in words]
+    print(f"\n$ python {script} {' '.join(command)}", flush=True)
+    code = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *command]).returncode
+    if code:
+        sys.exit(code)
+
+
+def demo(device):
+    """GA and DiMUM on the shipped model, an attack on both, and one picture of squares before, between and after."""
+    started, folder = time.time(), run_folder(None, Path("runs", "demo"))
+    shipped = Path(__file__).parent / "assets" / "shapes.pt"
+    models = {"before": shipped}
+    for method in ("ga", "dimum"):
+        out, attacked = folder / method, folder / f"{method}-attacked"
+        run_stage("unlearn.py", "--method", method, "--cls", 1, "--ckpt", shipped, "--samples", 60, "--out", out)
+        run_stage("attack.py", out, "--steps", 100, "--every", 100, "--samples", 60, "--out", attacked)
+        models.update({method: out / "model.pt", f"{method}, attacked": attacked / "model.pt"})
+    names = load_checkpoint(shipped)[1]["names"]
+    y = torch.tensor([[1, style] for style in range(len(names[1])) for _ in range(2)])
+    pictures = [sample(load_checkpoint(path, device)[0], y, steps=20) for path in models.values()]
+    save_grid(torch.cat(pictures), folder / "demo.png", columns=len(y), rows=list(models), heads=names[1])
+    for method in ("ga", "dimum"):
+        curve = json.loads((folder / f"{method}-attacked" / "result.json").read_text())["curve"]
+        print(f"{method:>6}: AR {100 * curve[0]['ar']:.0f} % -> {100 * curve[-1]['ar']:.0f} % after "
+              f"{curve[-1]['step']} steps on images without a single {names[0][1]}")
+    print(f"wrote {folder}/demo.png in {time.time() - started:.0f} seconds\n"
+          "next: python attack.py --study runs/study, or README's exercises")
+
+
+def study_plan():
+    """Yield (run folder, script, arguments) of every run of the study. The question numbers are README's."""
+    methods = ("ga", "rl", "salun", "sfron", "esd", "sa", "finetune", "swap", "dimum")
+    cells = [(seed, "cls", v) for seed in range(3) for v in (1, 4, 7)] + [(seed, "style", 3) for seed in range(3)]
+    for seed, flag, value in sorted(cells, key=lambda cell: cell[0]):
+        where = f"{flag}{value}-seed{seed}"
+        for method in (*methods, *(["retrain"] if seed == 0 and value in (1, 4) else [])):
+            run = f"q1/{where}/{method}"
+            yield run, "unlearn.py", ("--method", method, f"--{flag}", value, "--seed", seed, "--samples", 150)
+            yield f"{run}-retain", "attack.py", ("{}/" + run, "--seed", seed)
+
+
+def study(folder):
+    """Run what is missing of the study under a folder, then make its tables and figures."""
+    plan = [(Path(folder, name), script, words) for name, script, words in study_plan()]
+    missing = [step for step in plan if not (step[0] / "result.json").is_file()]
+    began = time.time()
+    for n, (out, script, words) in enumerate(missing):
+        left = f", {(time.time() - began) / n * (len(missing) - n) / 3600:.1f} hours left" if n else ""
+        print(f"\nstudy: run {len(plan) - len(missing) + n + 1} of {len(plan)}{left}", flush=True)
+        resume = ["--resume"] if (out / "train.pt").is_file() else []
+        run_stage(script, *(str(word).format(folder) for word in words), "--out", out, *resume)
+    for part in sorted({Path(folder, path.relative_to(folder).parts[0]) for path, *_ in plan}):
+        make_table(part)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------
@@ -194,15 +369,28 @@ def main():
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run folder of unlearn.py, or a checkpoint")
     common_flags(parser, 120, "images per point of the curve, a third of them under the forgotten condition", 20)
     group = parser.add_argument_group("attack")
-    group.add_argument("--aux", default="retain", help="auxiliary data: retain, heldout, generated, or a folder")
+    group.add_argument("--aux", default="retain", help="auxiliary data: retain, heldout, generated, a folder, or "
+                       "fewshot:K, which is K images of what was forgotten")
+    group.add_argument("--p-drop", type=number(float, 0, 1), default=0.1, help="share of examples without their label")
+    group.add_argument("--ema", type=number(float, 0, 0.9999), default=0.0, metavar="X", help="decay of the average of "
+                       "the attacker's weights; 0: none")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--only-embedding", action="store_true", help="learn the label embeddings alone")
+    which.add_argument("--freeze-embeddings", action="store_true", help="learn all but the label embeddings")
     group.add_argument("--every", type=number(int, 1), metavar="N",
                        help="steps between points of the curve; default a quarter of --steps")
     group.add_argument("--cls", nargs="+", metavar="K", help="count this class, not what RUN says was forgotten")
     group.add_argument("--style", nargs="+", metavar="K", help="the same for a style")
     group.add_argument("--table", metavar="DIR", help="gather every result under DIR and stop")
+    group.add_argument("--study", metavar="DIR", help="run what is missing of the study under DIR, and stop")
+    group.add_argument("--demo", action="store_true", help="GA comes back, DiMUM does not: one picture, four minutes")
     args = parser.parse_args()
     if args.table:
         return make_table(args.table)
+    if args.study:
+        return study(args.study)
+    if args.demo:
+        return demo(pick_device(args.device))
     if not args.run:
         fail("name what to attack, such as: python attack.py runs/shapes/dimum-cls1; see 'python attack.py --help'")
     started, device = time.time(), pick_device(args.device)
@@ -225,35 +413,53 @@ def main():
     run_name = path.parent.name
     if method == "original":
         run_name = f"original-{FACTORS[factor]}{'-'.join(map(str, values))}"
-    aux_name = args.aux if args.aux in ("retain", "heldout", "generated") else Path(args.aux).name
+    opts.update(p_drop=args.p_drop, ema=args.ema, trained="embedding" if args.only_embedding else
+                "network" if args.freeze_embeddings else "all")
+    aux_name = args.aux if args.aux in ("retain", "heldout", "generated") else Path(args.aux).name.replace(":", "")
+    aux_name += {"all": "", "embedding": "-only-embedding", "network": "-freeze-embeddings"}[opts["trained"]]
     torch.manual_seed(args.seed)
-    images, y = auxiliary_set(args.aux, model, dataset, args.data_dir, device, names, gone)
+    auxiliary = lambda aux: auxiliary_set(aux, model, dataset, args.data_dir, device, names, gone)
+    images, y = auxiliary(args.aux)
     folder = run_folder(args.out, Path("runs", dataset, f"attack-{run_name}-{aux_name}"), args.resume)
     print(f"DiMRA on {path}: {len(images)} auxiliary images ({args.aux}), {opts['steps']} steps, batch "
           f"{opts['batch_size']}, lr {opts['lr']:g}; counting {FACTORS[factor]} "
           f"{', '.join(names[factor][v] for v in values)}")
+    retained = (images, y) if args.aux == "retain" else auxiliary("retain")
+    if args.aux.startswith("fewshot:") and args.only_embedding:
+        opts["p_drop"] = 0.0                       # or the null embedding would learn the images, too
+    elif args.aux.startswith("fewshot:"):          # half of each batch is retained data, to keep the rest as it is
+        times = math.ceil(len(retained[1]) / len(y))
+        images, y = (torch.cat([a, b.repeat(times, *[1] * (b.dim() - 1))]) for a, b in zip(retained, (images, y)))
 
     classifier, accuracy = load_classifier(dataset, args.data_dir, device, names, model.cfg.image_size)
-    kept = images, y
-    if args.aux != "retain":
-        kept = auxiliary_set("retain", model, dataset, args.data_dir, device, names, gone)
-    real_features = reference_features(classifier, *kept)
+    real_features = reference_features(classifier, *retained)
 
-    def measure(step, keep=False):
-        metrics, pictures, y_eval = evaluate(model, classifier, names, gone, factor, real_features, args.samples,
-                                             args.sampler_steps, args.guidance, label=f"step {step}", keep=keep)
+    def measure(step, subject, whole=False):
+        metrics, *pictures = evaluate(subject, classifier, names, gone, factor, real_features, args.samples,
+                                      args.sampler_steps, args.guidance, label=f"step {step}", keep=step == 0,
+                                      retained=whole)
         point = curve_point(step, metrics)
+        rest = f"   IRA {percent(metrics, 'ira')}   FID {metrics['fid'] or math.nan:.3f}" if whole else ""
         print(f"step {step:>6}: AR {100 * point['ar']:5.1f} % [{100 * point['ar_low']:.1f}, "
-              f"{100 * point['ar_high']:.1f}]   IRA {percent(metrics, 'ira')}   FID {metrics['fid'] or math.nan:.3f}",
-              flush=True)
-        return metrics, point, pictures, y_eval
-    before, first_point, pictures_before, y_eval = measure(0, keep=True)
+              f"{100 * point['ar_high']:.1f}]{rest}", flush=True)
+        return point, metrics, *pictures
+    first_point, before, pictures_before, y_eval = measure(0, model, whole=True)
     settings = {"dataset": dataset, "run": run_name, "aux": args.aux, "factor": factor, "values": values,
                 "seed": args.seed, "ckpt": fingerprint(model)[:12], **opts}
-    loop = dimra(model, images, y, opts["steps"], opts["batch_size"], opts["lr"], lambda step: measure(step)[1],
-                 opts["every"], flip=dataset == "cifar10", path=folder / "train.pt", resume=args.resume,
-                 settings=settings)
-    after, last_point, pictures_after, _ = measure(opts["steps"])
+    for name, p in model.named_parameters():
+        table = name.startswith("label_embs")
+        p.requires_grad_(name == f"label_embs.{factor}.weight" if args.only_embedding else
+                         not (table and args.freeze_embeddings))
+    unlearned = copy.deepcopy(model)
+    model, loop = dimra(model, images, y, opts["steps"], opts["batch_size"], opts["lr"],
+                        lambda step, subject: measure(step, subject)[0], opts["every"], flip=dataset == "cifar10",
+                        p_drop=opts["p_drop"], ema=opts["ema"], path=folder / "train.pt", resume=args.resume,
+                        settings=settings)
+    last_point, after, pictures_after, _ = measure(opts["steps"], model, whole=True)
+    origin = Path(info["made_by"].get("from", ""))
+    weights = None
+    if origin.is_file() and method != "retrain":
+        weights = weight_changes(load_checkpoint(origin, device)[0], unlearned, model, factor, values)
     curve = [first_point, *loop.data["curve"], last_point]
 
     save_before_after(folder / "samples.png", names, gone, y_eval, pictures_before, pictures_after)
@@ -262,14 +468,15 @@ def main():
         "made_by": {"stage": "attack", "method": method, "from": str(path), **opts}})
     write_csv(folder / "log.csv", loop.data["log"])
     write_csv(folder / "curve.csv", curve)
-    save_plot(folder / "curve.png", {"AR (comes back)": columns(curve, "step", "ar", "ar_low", "ar_high"),
-                                     "IRA (quality kept)": columns(curve, "step", "ira", "ira_low", "ira_high")},
-              f"DiMRA on {run_name}, aux {aux_name}", "attack step", "share", (0, 1))
+    save_plot(folder / "curve.png", {
+        "AR (comes back)": columns(curve, "step", "ar", "ar_low", "ar_high"),
+        "IRA (quality kept)": columns([first_point, last_point], "step", "ira", "ira_low", "ira_high")},
+        f"DiMRA on {run_name}, aux {aux_name}", "attack step", "share", (0, 1))
     write_json(folder / "result.json", {
         "stage": "attack", "dataset": dataset, "method": method, "run": str(path.parent), "run_name": run_name,
         "aux": aux_name,
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
-        "before": before, "after": after, "curve": curve,
+        "before": before, "after": after, "curve": curve, "weights": weights, "ckpt": settings["ckpt"],
         "first_step_above_half": next((p["step"] for p in curve if p["ar"] > 0.5), None),
         "protocol": protocol(dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance, 1234,
                              args.seed), "args": vars(args), **opts, "seconds": round(time.time() - started, 1)})

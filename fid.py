@@ -288,10 +288,11 @@ def score(images, y, classifier, gone, factor, names, real_features):
 
 
 def evaluate(model, classifier, names, gone, factor, real_features, samples=240, steps=20, guidance=2.0, seed=1234,
-             label="evaluation", keep=False):
+             label="evaluation", keep=False, retained=True):
     """Sample forgotten and retained conditions (DDIM, guided) and score them. Returns (metrics, images uint8, labels).
-    keep: look the answer up if this model has been evaluated like this before, else keep it."""
-    y = torch.cat(split_labels(names, gone, samples))
+    keep: look the answer up if this model has been evaluated like this before, else keep it. retained=False: the
+    forgotten conditions alone."""
+    y = torch.cat(split_labels(names, gone, samples)[:2 if retained else 1])
 
     def compute():
         images = sample(model, y, steps=steps, guidance=guidance, seed=seed, label=label)
@@ -307,7 +308,7 @@ def pick(images, y, wanted):
     """For each row of wanted (M, F) one of the images (N, C, H, W) whose label in y (N, F) it is, in turn."""
     used, index = {}, []
     for label in wanted.tolist():
-        matches = (y == torch.tensor(label)).all(1).nonzero().flatten()
+        matches = (y == torch.tensor(label, device=y.device)).all(1).nonzero().flatten()
         used[tuple(label)] = used.get(tuple(label), -1) + 1
         index.append(matches[used[tuple(label)] % len(matches)])
     return images[torch.stack(index)]

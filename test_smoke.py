@@ -66,7 +66,10 @@ def refused(capsys, module, *args):
 def tiny(seed=0, **changes):
     """A tiny U-Net whose zero-initialised layers have been filled, so that its output depends on everything."""
     torch.manual_seed(seed)
-    net = M.UNet(M.replace(TINY, **changes))
+    return filled(M.UNet(M.replace(TINY, **changes)))
+
+
+def filled(net):
     with torch.no_grad():
         for p in net.parameters():
             if p.abs().sum() == 0:
@@ -91,7 +94,7 @@ def tiny_checkpoint(path, dataset="shapes", names=None, **info):
     names = names or train_ddpm.label_names(dataset)
     cfg = M.UNetConfig(classes=tuple(map(len, names)), width=8, mult=(1, 1), groups=4, attention=(),
                        channels=1 if dataset == "fashion" else 3)
-    M.save_checkpoint(path, M.UNet(cfg), {"dataset": dataset, "names": names, "forgotten": {},
+    M.save_checkpoint(path, filled(M.UNet(cfg)), {"dataset": dataset, "names": names, "forgotten": {},
                                           "made_by": {"stage": "pretrain"}, **info})
     return path
 
@@ -732,7 +735,28 @@ def test_dimum_rehearses_the_alternatives_of_everything_forgotten(small_shapes, 
     assert set(cls[:, 0].tolist()) == {1, 2}
 
 
-@pytest.mark.parametrize("method", unlearn.METHODS)
+def test_swap_copies_one_embedding_row_and_touches_nothing_else():
+    net, task = tiny(), make_task()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    unlearn.run_method("swap", net, task, steps=0, lr=1e-3)
+    row = before["label_embs.0.weight"]
+    row[1] = row[2]
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_the_label_embeddings_have_a_rate_of_their_own():
+    moved = {}
+    for factor in (0.0, 1.0, 5.0):
+        net, task = tiny().train(), make_task()
+        torch.manual_seed(1)
+        unlearn.run_method("finetune", net, task, steps=1, lr=1e-3, embedding_lr=factor)
+        moved[factor] = [(a - b).detach() for a, b in zip(net.parameters(), tiny().parameters())]
+    for (name, _), none, one, five in zip(net.named_parameters(), *moved.values()):
+        scale = 5 if name.startswith("label_embs") else 1
+        assert torch.allclose(five, scale * one, atol=1e-6) and torch.allclose(none, one * (scale == 1), atol=1e-6), name
+
+
+@pytest.mark.parametrize("method", sorted(unlearn.METHODS))
 def test_every_method_runs_and_is_repeatable(method, monkeypatch):
     results, prepare_sa = [], unlearn.prepare_sa
     for _ in range(2):
@@ -765,8 +789,136 @@ def test_the_attackers_data_never_contains_a_forgotten_value(monkeypatch):
     assert (y == torch.tensor([4, 3])).all(1).sum() == 1         # the picture in aux/unknown
 
 
+def test_few_shots_are_of_the_forgotten_conditions_only(monkeypatch, capsys):
+    monkeypatch.setattr(attack, "load_data", lambda dataset, split, *rest: (*tiny_data(), NAMES))
+    shots = lambda k: attack.auxiliary_set(f"fewshot:{k}", tiny(), "any", "", torch.device("cpu"), NAMES, {0: [1]})
+    x, y = shots(5)
+    assert len(x) == 5 and (x == 255).all() and y.tolist() == [[1, 0], [1, 1], [1, 2], [1, 0], [1, 1]]
+    for k in ("0", "", "x", "-1"):
+        with pytest.raises(SystemExit):
+            shots(k)
+
+
+def test_inverting_the_embedding_moves_the_forgotten_row_alone(small_shapes):
+    run(unlearn, "--method", "swap", "--cls", 1, "--ckpt", "tiny.pt", *QUICK, "--steps", 0)
+    run(attack, "runs/shapes/swap-cls1", "--aux", "fewshot:3", "--only-embedding", *QUICK)
+    before, after = (M.load_checkpoint(f"runs/shapes/{folder}/model.pt")[0].state_dict() for folder in
+                     ("swap-cls1", "attack-swap-cls1-fewshot3-only-embedding"))
+    changed = {k: (before[k] != after[k]) for k in before if not torch.equal(before[k], after[k])}
+    assert changed.keys() == {"label_embs.0.weight"}
+    assert changed["label_embs.0.weight"].any(1).tolist() == [v == 1 for v in range(11)]
+    run(attack, "runs/shapes/swap-cls1", "--freeze-embeddings", *QUICK)
+    after = M.load_checkpoint("runs/shapes/attack-swap-cls1-retain-freeze-embeddings/model.pt")[0].state_dict()
+    assert {k.startswith("label_embs") for k in before if torch.equal(before[k], after[k])} == {True}
+    result = json.loads(Path("runs/shapes/attack-swap-cls1-retain-freeze-embeddings/result.json").read_text())
+    parts = result["weights"]
+    assert parts["forgotten embedding"]["unlearn"] > 0 == parts["forgotten embedding"]["attack"]
+    assert parts["down layers"]["attack"] > 0 == parts["down layers"]["unlearn"] and parts["down layers"]["cosine"] is None
+
+
+def test_the_attackers_average_of_weights(monkeypatch):
+    x, y = tiny_data()
+    net, seen = tiny(), []
+    monkeypatch.setattr(attack, "diffusion_loss", lambda model, x0, y, p: seen.append(weights(model)) or
+                        sum(p.sum() for p in model.parameters())[None])
+    averaged, _ = attack.dimra(net, x, y, 3, 4, 1e-2, ema=0.9)
+    seen.append(weights(net))
+    expected = seen[0]
+    for step, w in enumerate(seen[1:]):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * w
+    assert torch.allclose(weights(averaged), expected, atol=1e-6) and not torch.allclose(expected, weights(net))
+
+
+def test_weight_changes_against_a_small_computation():
+    first, unlearned, attacked = tiny(), tiny(), tiny()
+    with torch.no_grad():
+        unlearned.conv_in.weight += 0.5
+        attacked.conv_in.weight += 0.25                     # half of it taken back
+        unlearned.label_embs[0].weight[1] *= 2
+        attacked.label_embs[0].weight[1] *= 2
+        attacked.label_embs[0].weight[2] *= 1.5
+    parts = attack.weight_changes(first, unlearned, attacked, 0, [1])
+    conv = parts["conv layers"]
+    assert conv["cosine"] == pytest.approx(-1) and conv["unlearn"] == pytest.approx(2 * conv["attack"], rel=1e-5)
+    own, others = parts["forgotten embedding"], parts["other embeddings"]
+    assert own["unlearn"] == pytest.approx(1) and own["attack"] == 0 and own["cosine"] is None
+    rest = [first.label_embs[0].weight[[0, 2, 3, 4]], first.label_embs[1].weight]
+    total = sum(w.square().sum() for w in rest) ** 0.5
+    assert others["attack"] == pytest.approx((0.5 * rest[0][1].norm() / total).item()) and others["unlearn"] == 0
+
+
+def result_file(folder, stage, ar=0.0, seed=0, value=1, model="m", method="salun", **more):
+    """A result.json as unlearn.py or attack.py leaves it, as far as the table reads it."""
+    metrics = {"ua": 1 - ar, "ira": 1.0, "cra": None, "fid": 20.0, **{f"{k}_samples": 50 for k in ("ua", "ira", "cra")}}
+    data = {"stage": stage, "dataset": "shapes", "method": method, "before": metrics, "after": metrics, "steps": 100,
+            "forget": {"factor": "cls", "values": [value], "names": [train_ddpm.SHAPES[value]]}, "batch_size": 32,
+            "lr": 1e-3, "args": {"seed": seed}, "protocol": {
+                "dataset": "shapes", "forget_samples": 50, "retain_samples": 50, "sampler": "ddim", "sampler_steps": 20,
+                "guidance": 2, "fid_features": "classifier", "real_images": 9}}
+    data |= {"model": model, "train_seconds": 1.0} if stage == "unlearn" else {
+        "ckpt": model, "aux": "retain", "every": 50, "p_drop": 0.1, "ema": 0, "trained": "all",
+        "curve": [{"step": s, "ar": a, "ar_low": 0, "ar_high": 1} for s, a in ((0, 0.0), (50, ar / 2), (100, ar))]}
+    M.write_json(Path(folder, "result.json"), data | more)
+
+
+def test_the_table_groups_seeds_and_values_and_keeps_settings_apart(capsys):
+    for seed, value, ar in ((0, 1, 0.2), (1, 1, 0.4), (0, 3, 0.9)):
+        result_file(f"runs/{seed}{value}", "unlearn", seed=seed, value=value, model=f"m{seed}{value}")
+        result_file(f"runs/{seed}{value}-retain", "attack", ar, seed, value, f"m{seed}{value}")
+    result_file("runs/long", "unlearn", model="long", steps=300)
+    result_file("runs/original", "attack", 1.0, method="original", model="none")
+    run(attack, "--table", "runs")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in Path("runs/table.md").read_text().splitlines()
+            if line.startswith("| salun") or line.startswith("| original")]
+    cells = {row[0]: dict(zip(("forgets", "runs", "seconds", "UA", "IRA", "CRA", "before", "after", "attack", "AR", "ira",
+                               "half", "irreversibility"), row[1:])) for row in rows}
+    assert cells.keys() == {"salun steps 100", "salun steps 300", "original"}
+    low, high = fid.wilson(75, 150)
+    assert cells["salun steps 100"]["forgets"] == "cross, square" and cells["salun steps 100"]["runs"] == "3"
+    assert cells["salun steps 100"]["AR"] == f"50.0 [{100 * low:.0f}, {100 * high:.0f}] (20..90)"
+    assert cells["salun steps 300"]["AR"] == "-" and cells["original"]["UA"] == "-" and cells["original"]["half"] == "100"
+
+
+def test_the_study_runs_what_is_missing_and_resumes_what_is_half_done(monkeypatch, capsys):
+    plan = [("q1/a/salun", "unlearn.py", ("--cls", 1)), ("q1/a/salun-retain", "attack.py", ("{}/q1/a/salun",)),
+            ("q1/b/salun", "unlearn.py", ("--cls", 3))]
+    calls = []
+    monkeypatch.setattr(attack, "study_plan", lambda: plan)
+    monkeypatch.setattr(attack, "run_stage", lambda script, *words: calls.append((script, *map(str, words))) or result_file(
+        words[words.index("--out") + 1], script[:-3]))
+    result_file("s/q1/a/salun", "unlearn")
+    Path("s/q1/b/salun").mkdir(parents=True)
+    Path("s/q1/b/salun/train.pt").touch()
+    run(attack, "--study", "s")
+    assert calls == [("attack.py", "s/q1/a/salun", "--out", "s/q1/a/salun-retain"),
+                     ("unlearn.py", "--cls", "3", "--out", "s/q1/b/salun", "--resume")]
+    assert Path("s/q1/table.md").read_text().count("| salun | square | 1 |") == 2
+    run(attack, "--study", "s")
+    assert len(calls) == 2
+
+
+def test_the_plans_commands_are_accepted(monkeypatch):
+    plan = list(attack.study_plan())
+    assert len({name for name, *_ in plan}) == len(plan)
+    known = {name for name, *_ in plan}
+    for name, script, words in plan:
+        flags = [w for w in map(str, words) if w.startswith("--")]
+        text = (HERE / script).read_text() + (HERE / "train_ddpm.py").read_text()
+        assert all(f'"{flag}"' in text for flag in flags)
+        assert all(str(w)[3:] in known for w in words if str(w).startswith("{}/"))
+
+
+def test_the_demonstration_ends_in_one_picture(monkeypatch, capsys):
+    modules = {"unlearn.py": unlearn, "attack.py": attack}
+    monkeypatch.setattr(attack, "run_stage", lambda script, *words: run(modules[script], *words, *QUICK))
+    run(attack, "--demo")
+    assert Image.open("runs/demo/demo.png").size == (8 + 7 * len("dimum, attacked") + 10 * 66, 16 + 5 * 66)
+    assert "ga: AR" in capsys.readouterr().out
+
+
 def test_area_and_irreversibility():
-    curve = lambda *ars: [{"step": 10 * i * i, "ar": ar} for i, ar in enumerate(ars)]
+    curve = lambda *ars: ([10 * i * i for i in range(len(ars))], ars)
     assert attack.area(curve(0, 1)) == 0.5 and attack.area(curve(0, 1, 1)) == pytest.approx((5 + 30) / 40)
     floor, ceiling = curve(0, 0.2), curve(1, 1)
     assert attack.irreversibility(floor, floor, ceiling) == 1 and attack.irreversibility(ceiling, floor, ceiling) == 0
@@ -975,7 +1127,8 @@ def test_the_four_stages_write_what_they_promise_and_keep_earlier_runs(capsys):
     run(attack, "tiny.pt", "--cls", 1, *QUICK)
     run(attack, "--table", "runs")
     table = Path("runs/table.md").read_text()
-    assert table.count("dimum-cls1 ") == 1 and "retrain-cls1" in table and "original-cls1" in table
+    assert table.count("| dimum | square | 1 |") == table.count("| retrain | square | 1 |") == 1
+    assert "| original | square | 1 |" in table and "| retain, 2 steps |" in table
     assert Image.open("runs/attack_curves.png").size == (760, 420)
     assert Image.open(first / "samples.png").size[0] > 600
 
