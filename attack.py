@@ -22,17 +22,19 @@ import copy
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 
 from fid import (evaluate, load_classifier, percent, pick, protocol, reference_features, save_before_after,
                  wilson)
-from model import (FACTORS, Parser, diffusion_loss, fail, fingerprint, forgotten_values, load_checkpoint, number,
-                   pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, to_uint8,
+from model import (COLORS, FACTORS, Parser, diffusion_loss, fail, fingerprint, forgotten_values, load_checkpoint,
+                   number, pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, to_uint8,
                    write_csv, write_file, write_json)
 from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
                         load_data, read_image)
@@ -303,6 +305,31 @@ def make_table(folder):
         print(f"wrote {folder}/attack_curves.png")
 
 
+def save_weights(path, moved):
+    """The picture of weight_changes, {method: [parts of each run, ...]}: a row per method, a column per part of the
+    network; above, how far unlearning moved the part, below, the attack, relative to the part's length."""
+    parts = list(next(iter(moved.values()))[0])
+    mean = lambda runs, part, k: statistics.fmean([r[part][k] or 0.0 for r in runs])
+    wide, high, left, top = 104, 58, 70, 34
+    longest = max(mean(runs, part, k) for runs in moved.values() for part in parts for k in ("unlearn", "attack"))
+    canvas = Image.new("RGB", (left + wide * len(parts), top + high * len(moved)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((4, 2), "How far unlearning (blue) and the attack (orange) moved each part, relative to its length (bars "
+              "on a root scale). cos -1: the attack takes the unlearning back.", fill="black")
+    for i, part in enumerate(parts):
+        x = left + i * wide
+        draw.text((x, 18), part, fill="black")
+        for row, (method, runs) in enumerate(moved.items()):
+            y = top + row * high
+            draw.text((4, y + 10), method, fill="black")
+            for dy, name, color in ((4, "unlearn", COLORS[0]), (20, "attack", COLORS[1])):
+                value = mean(runs, part, name)
+                draw.rectangle([x, y + dy, x + 1 + 60 * (value / longest) ** 0.5, y + dy + 10], fill=color)
+                draw.text((x + 66, y + dy - 1), f"{value:.3f}", fill="black")
+            draw.text((x, y + 36), f"cos {mean(runs, part, 'cosine'):+.2f}", fill="black")
+    write_file(path, lambda p: canvas.save(p, "PNG"))
+
+
 # ---- the demonstration and the study ---------------------------------------------------------------------------
 
 def run_stage(script, *words):
@@ -337,15 +364,59 @@ def demo(device):
 
 
 def study_plan():
-    """Yield (run folder, script, arguments) of every run of the study. The question numbers are README's."""
+    """Yield (run folder, script, arguments) of every run of the study; "{}/" stands for the study's own folder. The
+    first part of a run folder is the question: does it come back (classes, style, data, fashion), how fast (strength),
+    DiMUM's own choices (choices), attackers who have images of what was forgotten (beyond)."""
     methods = ("ga", "rl", "salun", "sfron", "esd", "sa", "finetune", "swap", "dimum")
-    cells = [(seed, "cls", v) for seed in range(3) for v in (1, 4, 7)] + [(seed, "style", 3) for seed in range(3)]
-    for seed, flag, value in sorted(cells, key=lambda cell: cell[0]):
-        where = f"{flag}{value}-seed{seed}"
-        for method in (*methods, *(["retrain"] if seed == 0 and value in (1, 4) else [])):
-            run = f"q1/{where}/{method}"
-            yield run, "unlearn.py", ("--method", method, f"--{flag}", value, "--seed", seed, "--samples", 150)
-            yield f"{run}-retain", "attack.py", ("{}/" + run, "--seed", seed)
+    main = ("ga", "salun", "sfron", "dimum")
+
+    def unlearn(run, method, flag, value, *more, seed=0):
+        return run, "unlearn.py", ("--method", method, f"--{flag}", value, "--seed", seed, "--samples", 150, *more)
+
+    def attack(run, name, *more, seed=0, part=None):
+        out = f"{part}/{run.partition('/')[2]}" if part else run
+        return f"{out}-{name}", "attack.py", ("{}/" + run, "--seed", seed, *more)
+
+    for seed in range(3):
+        for flag, value in (("cls", 1), ("cls", 4), ("cls", 7), ("style", 3)):
+            for method in (*methods, *(["retrain"] if seed == 0 and value in (1, 4) else [])):
+                run = f"{'classes' if flag == 'cls' else 'style'}/{flag}{value}-seed{seed}/{method}"
+                follow = ("--eval-every", 40) if (seed, value) == (0, 1) and method in main else ()
+                yield unlearn(run, method, flag, value, *follow, seed=seed)
+                yield attack(run, "retain", seed=seed)
+                for aux in ("heldout", "generated") if value == 1 and method in main else ():
+                    yield attack(run, aux, "--aux", aux, seed=seed, part="data")
+            if (seed, value) == (0, 1):
+                yield from study_of_one(unlearn, attack)
+    yield "fashion/pretrain", "train_ddpm.py", ("--dataset", "fashion")
+    for value in (1, 8):
+        for method in methods:
+            run = f"fashion/cls{value}-seed0/{method}"
+            yield unlearn(run, method, "cls", value, "--dataset", "fashion", "--ckpt", "{}/fashion/pretrain/model.pt")
+            yield attack(run, "retain")
+
+
+def study_of_one(unlearn, attack):
+    """The questions that are asked of one class and one seed."""
+    for method, steps in (("salun", (50, 150, 500)), ("dimum", (50, 150, 500)), ("sfron", (70, 200, 700))):
+        for n in steps:
+            run = f"strength/{method}-{n}"
+            yield unlearn(run, method, "cls", 1, "--steps", n)
+            yield attack(run, "retain")
+    for name, flags in {"lr1e-4": ("--lr", 1e-4), "lr3e-4": ("--lr", 3e-4), "lr2e-3": ("--lr", 2e-3),
+                        "ema": ("--ema", 0.99), "drop0": ("--p-drop", 0), "drop.5": ("--p-drop", 0.5),
+                        "batch8": ("--batch-size", 8), "frozen": ("--freeze-embeddings",)}.items():
+        yield attack("strength/salun-50", name, *flags)
+    for name, flags in {"mix": ("--alternative", "mix"), "noise": ("--alternative", "noise"),
+                        "bar": ("--alternative", "class:bar"), "one": ("--alt-size", 1), "lambda.3": ("--lambda", 0.3),
+                        "lambda3": ("--lambda", 3), "embedding10": ("--embedding-lr", 10)}.items():
+        yield unlearn(f"choices/{name}", "dimum", "cls", 1, *flags)
+        yield attack(f"choices/{name}", "retain")
+    for method in ("salun", "sfron", "swap", "dimum", "retrain"):
+        for k in (1, 10, 100):
+            for name, flags in (("few", ()), ("invert", ("--only-embedding", "--lr", 0.05, "--batch-size", 16))):
+                yield attack(f"classes/cls1-seed0/{method}", f"{name}{k}", "--aux", f"fewshot:{k}", "--steps", 200,
+                             "--every", 20, *flags, part="beyond")
 
 
 def study(folder):
@@ -360,6 +431,17 @@ def study(folder):
         run_stage(script, *(str(word).format(folder) for word in words), "--out", out, *resume)
     for part in sorted({Path(folder, path.relative_to(folder).parts[0]) for path, *_ in plan}):
         make_table(part)
+    results = [r for r in read_results(Path(folder, "classes")) if r["dataset"] == "shapes"]
+    followed = {r["method"]: columns(r["curve"], "step", "fid") for r in results
+                if r["stage"] == "unlearn" and r["curve"]}
+    if followed:
+        save_plot(Path(folder, "fid_during_unlearning.png"), followed, "FID of the retained conditions", "step", "FID")
+    moved = {}
+    for r in results:
+        if r["stage"] == "attack" and r.get("weights"):
+            moved.setdefault(r["method"], []).append(r["weights"])
+    if moved:
+        save_weights(Path(folder, "weights.png"), moved)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------

@@ -856,7 +856,7 @@ def result_file(folder, stage, ar=0.0, seed=0, value=1, model="m", method="salun
             "lr": 1e-3, "args": {"seed": seed}, "protocol": {
                 "dataset": "shapes", "forget_samples": 50, "retain_samples": 50, "sampler": "ddim", "sampler_steps": 20,
                 "guidance": 2, "fid_features": "classifier", "real_images": 9}}
-    data |= {"model": model, "train_seconds": 1.0} if stage == "unlearn" else {
+    data |= {"model": model, "train_seconds": 1.0, "curve": []} if stage == "unlearn" else {
         "ckpt": model, "aux": "retain", "every": 50, "p_drop": 0.1, "ema": 0, "trained": "all",
         "curve": [{"step": s, "ar": a, "ar_low": 0, "ar_high": 1} for s, a in ((0, 0.0), (50, ar / 2), (100, ar))]}
     M.write_json(Path(folder, "result.json"), data | more)
@@ -888,12 +888,17 @@ def test_the_study_runs_what_is_missing_and_resumes_what_is_half_done(monkeypatc
     monkeypatch.setattr(attack, "run_stage", lambda script, *words: calls.append((script, *map(str, words))) or result_file(
         words[words.index("--out") + 1], script[:-3]))
     result_file("s/q1/a/salun", "unlearn")
+    result_file("s/classes/x", "unlearn", model="x", curve=[{"step": s, "fid": 30.0 + s} for s in (0, 100)])
+    part = {"unlearn": 0.5, "attack": 0.1, "cosine": -1.0}
+    result_file("s/classes/y", "attack", weights={"down layers": part, "up layers": {**part, "cosine": None}})
     Path("s/q1/b/salun").mkdir(parents=True)
     Path("s/q1/b/salun/train.pt").touch()
     run(attack, "--study", "s")
     assert calls == [("attack.py", "s/q1/a/salun", "--out", "s/q1/a/salun-retain"),
                      ("unlearn.py", "--cls", "3", "--out", "s/q1/b/salun", "--resume")]
-    assert Path("s/q1/table.md").read_text().count("| salun | square | 1 |") == 2
+    assert Path("s/q1/table.md").read_text().count("| salun | square | 1 |") == 1          # equal models count once
+    assert Image.open("s/weights.png").size == (70 + 2 * 104, 34 + 58)
+    assert Image.open("s/fid_during_unlearning.png").size == (760, 420)
     run(attack, "--study", "s")
     assert len(calls) == 2
 
@@ -906,7 +911,7 @@ def test_the_plans_commands_are_accepted(monkeypatch):
         flags = [w for w in map(str, words) if w.startswith("--")]
         text = (HERE / script).read_text() + (HERE / "train_ddpm.py").read_text()
         assert all(f'"{flag}"' in text for flag in flags)
-        assert all(str(w)[3:] in known for w in words if str(w).startswith("{}/"))
+        assert all(str(w)[3:].removesuffix("/model.pt") in known for w in words if str(w).startswith("{}/"))
 
 
 def test_the_demonstration_ends_in_one_picture(monkeypatch, capsys):
