@@ -101,19 +101,19 @@ def read_labelled_folder(folder, model, names):
 
 # ---- the attack ------------------------------------------------------------------------------------------------
 
-def dimra(model, images, y, steps, batch_size, lr, observe=None, every=0, flip=False, p_drop=0.1, ema=0.0, **keep):
+def dimra(model, images, y, steps, batch_size, lr, observe=None, flip=False, p_drop=0.1, ema=0.0, **keep):
     """Fine-tune the model in place, what of it requires a gradient, with the diffusion loss on the auxiliary set.
 
-    Returns (the attacked model, the finished Loop), whose data["curve"] has what observe(step, model) returned every
-    `every` steps on the way. With ema > 0 the attacked model is the moving average of the weights, whose decay rises to
-    ema. keep: path, resume, settings of Loop. Source: DiMRA in Yuan et al. 2512.03564. Its optimiser and learning rate
+    Returns (the attacked model, the finished Loop); observe(step, model) looks at it on the way. With ema > 0 the
+    attacked model is the moving average of the weights, whose decay rises to ema. keep: path, resume, settings and
+    every of Loop. Source: DiMRA in Yuan et al. 2512.03564. Its optimiser and learning rate
     were not at hand: Adam, clipping at norm 1 and label dropout 0.1 as in pretraining are our reading.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(params, lr, fused=True)
     averaged = copy.deepcopy(model).requires_grad_(False) if ema else model
-    loop = Loop("attack", steps, model=model, optimizer=optimizer, **({"ema": averaged} if ema else {}), **keep)
-    curve = loop.data.setdefault("curve", [])
+    loop = Loop("attack", steps, model=model, optimizer=optimizer, **({"ema": averaged} if ema else {}),
+                observe=lambda step: observe(step, averaged), **keep)
     model.train()
     for step in loop:
         loss = diffusion_loss(model, *get_batch(images, y, batch_size, flip), p_drop).mean()
@@ -126,9 +126,6 @@ def dimra(model, images, y, steps, batch_size, lr, observe=None, every=0, flip=F
             with torch.no_grad():
                 torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()),
                                      1 - min(ema, (1 + step) / (10 + step)))
-        if every and (step + 1) % every == 0 and step + 1 < steps:
-            curve.append(observe(step + 1, averaged))
-            model.train()
     return averaged.eval(), loop
 
 
@@ -534,9 +531,9 @@ def main():
                          not (table and args.freeze_embeddings))
     unlearned = copy.deepcopy(model)
     model, loop = dimra(model, images, y, opts["steps"], opts["batch_size"], opts["lr"],
-                        lambda step, subject: measure(step, subject)[0], opts["every"], flip=dataset == "cifar10",
-                        p_drop=opts["p_drop"], ema=opts["ema"], path=folder / "train.pt", resume=args.resume,
-                        settings=settings)
+                        lambda step, subject: measure(step, subject)[0], flip=dataset == "cifar10",
+                        p_drop=opts["p_drop"], ema=opts["ema"], every=opts["every"], path=folder / "train.pt",
+                        resume=args.resume, settings=settings)
     last_point, after, pictures_after, _ = measure(opts["steps"], model, whole=True)
     origin = Path(info["made_by"].get("from", ""))
     weights = None

@@ -365,12 +365,14 @@ class Loop:
     The state is saved at the start, every SAVE_SECONDS, at Ctrl-C and at the end. It holds the parts (whatever has
     state_dict and load_state_dict), the step, torch's generators and `data` (plain values; its "log" becomes log.csv),
     so a killed run that goes on with resume ends, on a CPU, with the very same weights. settings: a dict of what must
-    be equal in both. Without path nothing is kept.
+    be equal in both. Without path nothing is kept. What observe(steps done) returns every `every` steps on the way is
+    gathered in data["curve"].
     """
 
-    def __init__(self, label, steps, path=None, resume=False, settings=None, **parts):
+    def __init__(self, label, steps, path=None, resume=False, settings=None, observe=None, every=0, **parts):
         self.label, self.steps, self.path, self.settings, self.parts = label, steps, path, settings or {}, parts
-        self.first, self.loss, self.recent, self.data = 0, None, [], {"log": [], "seconds": 0.0}
+        self.observe, self.every = observe, every
+        self.first, self.loss, self.recent, self.data = 0, None, [], {"log": [], "curve": [], "seconds": 0.0}
         if resume and path.is_file():
             self.load()
         elif resume:
@@ -433,6 +435,8 @@ class Loop:
                 yield step
                 self.recent.append(self.loss)
                 done, log = step + 1, self.data["log"]
+                if self.every and done % self.every == 0 and done < self.steps:
+                    self.data["curve"].append(self.observe(done))
                 due = stop or done == self.steps or time.time() - self.saved > SAVE_SECONDS
                 if due or done % log_every == 0:
                     self.check(done)

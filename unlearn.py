@@ -348,9 +348,9 @@ METHODS = {"dimum": dimum, "salun": salun, "sfron": sfron, "esd": esd, "sa": sa,
            "finetune": finetune, "swap": finetune}
 
 
-def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=False, embedding_lr=1.0, **keep):
-    """`steps` steps of a method from METHODS on the model, in place. Returns the finished Loop, whose data["curve"] has
-    what observe(step) returned every `every` steps on the way. keep: path, resume and settings of Loop.
+def run_method(method, model, task, steps, lr, cosine=False, embedding_lr=1.0, **keep):
+    """`steps` steps of a method from METHODS on the model, in place. Returns the finished Loop. keep: path, resume,
+    settings, observe and every of Loop.
 
     Adam, clipping at norm 1 and no EMA, as in the public SalUn code. Its learning rate is constant; cosine lets it fall
     to 0, which undoes in few steps what a high rate costs in quality. The label embeddings learn at embedding_lr times
@@ -378,15 +378,11 @@ def run_method(method, model, task, steps, lr, observe=None, every=0, cosine=Fal
 
     model.train()
     loop = Loop(method, steps, model=model, optimizer=optimizer, **keep)
-    curve = loop.data.setdefault("curve", [])
     for step in loop:
         task.progress = step / steps
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(step, steps, lr, 0, cosine)
         loop.loss = METHODS[method](model, task, update)
-        if every and (step + 1) % every == 0 and step + 1 < steps:
-            curve.append(observe(step + 1))
-            model.train()
     model.eval()
     return loop
 
@@ -486,10 +482,10 @@ def main():
         model, loop = train(model, *task.retain_set, flip=task.flip, label="retrain", **options, **keep)
     else:
         observe = lambda step: point(step, measure(model, f"step {step}")[0])
-        loop = run_method(args.method, model, task, opts["steps"], opts["lr"], observe, args.eval_every,
-                          cosine=model.cfg.width < 128, embedding_lr=opts["embedding_lr"], **keep)
+        loop = run_method(args.method, model, task, opts["steps"], opts["lr"], cosine=model.cfg.width < 128,
+                          embedding_lr=opts["embedding_lr"], observe=observe, every=args.eval_every, **keep)
     after, images_after, _ = measure(model, "after")
-    curve = [point(0, before), *loop.data.get("curve", []), point(opts["steps"], after)] if args.eval_every else []
+    curve = [point(0, before), *loop.data["curve"], point(opts["steps"], after)] if args.eval_every else []
 
     save_before_after(folder / "samples.png", names, task.gone, y_eval, images_before, images_after)
     forgotten = {FACTORS[f]: gone for f, gone in task.gone.items()}
