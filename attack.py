@@ -189,7 +189,7 @@ def irreversibility(curve, floor, ceiling):
     return 1 - (area(curve) - area(floor)) / (area(ceiling) - area(floor))
 
 
-UNLEARN_SETTINGS = ("steps", "batch_size", "lr", "weight", "embedding_lr", "alternative", "alt_size")
+UNLEARN_SETTINGS = ("steps", "batch_size", "lr", "weight", "embedding_lr", "alternative", "alt_size", "inverters")
 ATTACK_SETTINGS = ("aux", "steps", "every", "batch_size", "lr", "p_drop", "ema", "trained")
 
 

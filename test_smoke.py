@@ -735,6 +735,40 @@ def test_dimum_rehearses_the_alternatives_of_everything_forgotten(small_shapes, 
     assert set(cls[:, 0].tolist()) == {1, 2}
 
 
+def test_inverters_look_for_the_forgotten_images_and_the_network_is_taught_the_alternative_there(monkeypatch):
+    net, task = tiny().train(), make_task(weight=1.0)
+    task.n_inverters = 2
+    unlearn.prepare_dimum(net, task)
+    rows = task.inverters.weight
+    assert rows.shape == (2, 16) and (rows[0] - rows[1]).abs().max() > 0.1
+
+    asked, forward = [], net.forward                   # the loss uses inverter i % 2 for the forgotten value, else the label
+    monkeypatch.setattr(net, "forward", lambda x, t, y: asked.append(y.clone()) or forward(x, t, y))
+    y = torch.tensor([[1, 0], [1, 2], [3, 1], [1, 1]])
+    torch.manual_seed(5)
+    loss = unlearn.inverted_loss(net, task, rows, torch.zeros(4, 3, 8, 8), y)
+    assert asked[0].tolist() == [[5, 0], [6, 2], [3, 1], [6, 1]]
+    torch.manual_seed(5)
+    with torch.no_grad():                              # the same, with each inverter's row written into the table
+        t = M.antithetic_times(4, torch.device("cpu"))
+        x_t, target = M.add_noise(net, torch.zeros(4, 3, 8, 8), t, torch.randn(4, 3, 8, 8))
+        total, kept = 0.0, net.label_embs[0].weight[1].clone()
+        for i, row in enumerate((rows[0], rows[1], kept, rows[1])):
+            net.label_embs[0].weight[1] = row
+            total += (forward(x_t[i:i + 1], t[i:i + 1], y[i:i + 1]) - target[i:i + 1]).square().mean().item() / 4
+        net.label_embs[0].weight[1] = kept
+    assert loss.item() == pytest.approx(total, rel=1e-4)
+
+    before, first = weights(net), rows.detach().clone()
+    task.step = 1                                      # no restart is due
+    unlearn.move_inverters(net, task)
+    assert torch.equal(weights(net), before) and all(p.grad is None for p in net.parameters())
+    assert torch.allclose((rows - first).abs(), torch.tensor(unlearn.INVERTER_RATE), atol=1e-5)
+    task.step = 25                                     # the second one starts anew, the first goes on
+    unlearn.move_inverters(net, task)
+    assert (rows[0] - first[0]).abs().max() < 0.11 < (rows[1] - first[1]).abs().max()
+
+
 def test_swap_copies_one_embedding_row_and_touches_nothing_else():
     net, task = tiny(), make_task()
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -1193,6 +1227,7 @@ STAGES = {
     "train": (train_ddpm, "--exclude-cls", 3),
     "salun": (unlearn, "--method", "salun", "--cls", 1, "--ckpt", "tiny.pt", "--eval-every", 2),
     "dimum": (unlearn, "--style", "neon", "--ckpt", "tiny.pt"),
+    "inverters": (unlearn, "--cls", 1, "--ckpt", "tiny.pt", "--inverters", 2),
     "retrain": (unlearn, "--method", "retrain", "--cls", 1, "--ckpt", "tiny.pt"),
     "attack": (attack, "tiny.pt", "--cls", 1, "--every", 2),
     "classifier": (fid, "--train-classifier"),

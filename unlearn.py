@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.func import functional_call
 
 from fid import evaluate, load_classifier, percent, protocol, reference_features, save_before_after
 from model import (FACTORS, Parser, T, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels, fail,
@@ -77,7 +78,8 @@ class Task:
         self.substitute = next_value(self.gone[factor], len(names[factor]))
         self.pixels = images[0].numel()            # C*H*W: the public code sums over pixels where we average
         self.alternative_set = self.mask = self.frozen = self.fisher = self.replay_set = None
-        self.progress = 0.0                        # 0 at the first step, 1 after the last
+        self.inverters, self.n_inverters = None, 0
+        self.step, self.progress = 0, 0.0          # progress: 0 at the first step, 1 after the last
 
     def retain(self, n=None):
         return get_batch(*self.retain_set, n or self.n, self.flip)
@@ -223,6 +225,46 @@ def prepare_sfron(model, task):
     task.mask = sfron_mask(model, task)
 
 
+INVERTER_RATE, INVERTER_LIFE, INVERTER_NOISE = 0.05, 50, 0.3
+
+
+def prepare_dimum(model, task):
+    """The label embeddings of the inverters, task.n_inverters for each forgotten value (none in the paper's DiMUM)."""
+    if task.n_inverters:
+        rows = model.label_embs[task.factor].weight[task.values].detach().repeat_interleave(task.n_inverters, 0)
+        rows = rows + INVERTER_NOISE * torch.randn_like(rows)
+        task.inverters = torch.nn.Embedding.from_pretrained(rows, freeze=False)
+
+
+def inverted_loss(model, task, rows, x0, y):
+    """Mean diffusion loss of x0 (B, C, H, W) where labels y (B, F) with a forgotten value have an inverter's embedding
+    in place of their own: one of rows (values * inverters, D), each about as often."""
+    table, y = model.label_embs[task.factor].weight, y.clone()
+    values = torch.tensor(task.values, device=y.device)
+    which = y[:, task.factor, None] == values                                             # (B, values)
+    row = which.int().argmax(1) * task.n_inverters + torch.arange(len(y), device=y.device) % task.n_inverters
+    y[:, task.factor] = torch.where(which.any(1), len(table) + row, y[:, task.factor])
+    t = antithetic_times(len(x0), x0.device)
+    x_t, target = add_noise(model, x0, t, torch.randn_like(x0))
+    longer = {f"label_embs.{task.factor}.weight": torch.cat([table, rows])}
+    with autocast(x0.device):
+        out = functional_call(model, longer, (x_t, t, y))
+    return (out.float() - target).square().mean()
+
+
+def move_inverters(model, task):
+    """One step of every inverter: down the loss of forget images, by the sign of the gradient. In turn, one of them
+    starts anew near the forgotten value's embedding, so that young and old ones are there at any time."""
+    rows = task.inverters.weight
+    k, due = divmod(task.step * task.n_inverters, INVERTER_LIFE)
+    grad, = torch.autograd.grad(inverted_loss(model, task, rows, *task.forget(max(task.n // 4, 1))), rows)
+    with torch.no_grad():
+        rows -= INVERTER_RATE * grad.sign()
+        if due < task.n_inverters:
+            start = model.label_embs[task.factor].weight[task.values]
+            rows[k % task.n_inverters::task.n_inverters] = start + INVERTER_NOISE * torch.randn_like(start)
+
+
 def prepare_swap(model, task):
     """The label embedding of another value, copied over those of the forgotten values."""
     with torch.no_grad():
@@ -247,7 +289,8 @@ def prepare_sa(model, task, examples=50, replayed=200):
     task.fisher = sa_fisher(model, *get_batch(*task.replay_set, examples))
 
 
-PREPARE = {"salun": prepare_salun, "sfron": prepare_sfron, "esd": prepare_esd, "sa": prepare_sa, "swap": prepare_swap}
+PREPARE = {"salun": prepare_salun, "sfron": prepare_sfron, "esd": prepare_esd, "sa": prepare_sa, "swap": prepare_swap,
+           "dimum": prepare_dimum}
 
 
 # ---- methods: each does one step and returns its loss; update(loss) is backward, clip to norm 1, optimiser -------
@@ -256,11 +299,17 @@ def dimum(model, task, update):
     """l(D_r) + weight * l(alternative images under the forgotten label): memorise something else in its place.
 
     Source: Yuan et al. 2512.03564. Its full text was not at hand: that the second loss is the ordinary diffusion loss
-    without label dropout is our reading of the abstract and summaries.
+    without label dropout is our reading of the abstract and summaries. The inverters are ours, after the adversarial
+    training of AdvUnlearn (Zhang et al. 2405.15234): the same alternative is memorised at label embeddings that look
+    for the forgotten images meanwhile.
     """
     half = max(task.n // 2, 1)
     loss = (diffusion_loss(model, *task.retain(half)).mean()
             + task.weight * diffusion_loss(model, *task.alternative(half), p_drop=0).mean())
+    if task.inverters is not None:
+        move_inverters(model, task)
+        loss = loss + task.weight * inverted_loss(model, task, task.inverters.weight.detach(),
+                                                  *task.alternative(half))
     return update(loss)
 
 
@@ -377,9 +426,10 @@ def run_method(method, model, task, steps, lr, cosine=False, embedding_lr=1.0, *
         return loss.detach()
 
     model.train()
-    loop = Loop(method, steps, model=model, optimizer=optimizer, **keep)
+    parts = {"inverters": task.inverters} if task.inverters is not None else {}
+    loop = Loop(method, steps, model=model, optimizer=optimizer, **parts, **keep)
     for step in loop:
-        task.progress = step / steps
+        task.step, task.progress = step, step / steps
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(step, steps, lr, 0, cosine)
         loop.loss = METHODS[method](model, task, update)
@@ -426,6 +476,8 @@ def main():
     group.add_argument("--alternative", metavar="WHAT", help="DiMUM memorises class:K (default the next one), mix, "
                        "image:PATH or noise")
     group.add_argument("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N images; default all")
+    group.add_argument("--inverters", type=number(int, 0, 1000), default=0, metavar="N", help="DiMUM also memorises at "
+                       "N label embeddings that look for what is forgotten; 0 is the paper's DiMUM")
     group.add_argument("--embedding-lr", type=number(float, 0, 1000), default=1.0, metavar="X", help="the label "
                        "embeddings learn at X times --lr")
     group.add_argument("--eval-every", type=number(int, 1), metavar="N", help="UA and FID every N steps, in fid.png")
@@ -452,6 +504,7 @@ def main():
                 earlier=earlier)
     if not len(task.forget_set[1]) or not len(task.retain_set[1]):
         fail("nothing is left to forget or to retain; forget fewer values")
+    task.n_inverters = args.inverters
     alternative = args.alternative or f"class:{task.substitute}"
     sets = [alternative_data(alternative if f == factor else f"class:{next_value(gone, len(names[f]))}", args.alt_size,
                              *task.retain_set, names, f, gone) for f, gone in task.gone.items()]
@@ -472,7 +525,8 @@ def main():
 
     keep = dict(path=folder / "train.pt", resume=args.resume, settings={
         "dataset": args.dataset, "method": args.method, "factor": factor, "gone": task.gone, "alternative": alternative,
-        "alt_size": args.alt_size, "seed": args.seed, "ckpt": fingerprint(model)[:12], **opts})
+        "alt_size": args.alt_size, "inverters": args.inverters, "seed": args.seed, "ckpt": fingerprint(model)[:12],
+        **opts})
     point = lambda step, metrics: {"step": step, "ua": metrics["ua"], "fid": metrics["fid"]}
     if args.method == "retrain":
         torch.manual_seed(args.seed)
