@@ -209,8 +209,9 @@ def group_runs(results):
     and in the values forgotten alone; group is a dict of what they share. An attack goes with the unlearning whose
     model it attacked."""
     attacks, pairs = [r for r in results if r.get("stage") == "attack"], []
-    for r in {r["model"]: r for r in results if r.get("stage") == "unlearn"}.values():         # equal runs count once
-        mine = [a for a in attacks if a["ckpt"] == r["model"]]
+    unlearned = {r.get("model", n): r for n, r in enumerate(results) if r.get("stage") == "unlearn"}      # each once
+    for r in unlearned.values():
+        mine = [a for a in attacks if a.get("ckpt") == r.get("model", "?")]
         pairs += [(r, a) for a in mine or [None]]
         attacks = [a for a in attacks if a not in mine]
     groups = {}
@@ -221,7 +222,7 @@ def group_runs(results):
             flat = {**r["args"], **r, "alternative": r["args"].get("alternative")}
             key.update({k: flat.get(k) for k in UNLEARN_SETTINGS})
         if a:
-            key.update({f"attack {k}": a[k] for k in ATTACK_SETTINGS})
+            key.update({f"attack {k}": a.get(k) for k in ATTACK_SETTINGS})
         groups.setdefault(json.dumps(key), (key, []))[1].append((r, a))
     return list(groups.values())
 
@@ -306,7 +307,7 @@ def save_weights(path, moved):
     """The picture of weight_changes, {method: [parts of each run, ...]}: a row per method, a column per part of the
     network; above, how far unlearning moved the part, below, the attack, relative to the part's length."""
     parts = list(next(iter(moved.values()))[0])
-    mean = lambda runs, part, k: statistics.fmean([r[part][k] or 0.0 for r in runs])
+    mean = lambda runs, part, k: statistics.fmean([r[part][k] for r in runs if r[part][k] is not None] or [0.0])
     wide, high, left, top = 104, 58, 70, 34
     longest = max(mean(runs, part, k) for runs in moved.values() for part in parts for k in ("unlearn", "attack"))
     canvas = Image.new("RGB", (left + wide * len(parts), top + high * len(moved)), "white")

@@ -225,7 +225,7 @@ def prepare_sfron(model, task):
     task.mask = sfron_mask(model, task)
 
 
-# Found on shapes, class 1, with 4 inverters; 8 on the same batch, moved by the gradient's sign, left more to an inverter.
+# Found on shapes, class 1, with 4 inverters. (8 on the same batch, moved by the gradient's sign, left attackers more.)
 INVERTER_RATE, INVERTER_LIFE, INVERTER_NOISE = 0.05, 60, 0.3
 
 
