@@ -81,20 +81,29 @@ def predict(classifier, images):
 
 def garbage(x):
     """What a ruined model may draw in place of x (n, C, H, W): pixel noise, smooth noise or one flat colour, with at
-    most a shadow (30 %) of x in it."""
+    most a shadow (10 %) of x in it."""
     n, c, h, w = x.shape
     uniform = lambda *size: torch.rand(n, c, *size, device=x.device) * 2 - 1
     kinds = torch.stack([uniform(h, w), F.interpolate(2 * uniform(5, 5), (h, w), mode="bilinear"),
                          uniform(1, 1).expand(-1, -1, h, w)])
     noise = kinds[torch.randint(3, (n,), device=x.device), torch.arange(n, device=x.device)]
-    shadow = 0.3 * torch.rand(n, 1, 1, 1, device=x.device)
+    shadow = 0.1 * torch.rand(n, 1, 1, 1, device=x.device)
     return (shadow * x + (1 - shadow) * noise).clamp(-1, 1)
+
+
+def worn(x):
+    """x (n, C, H, W) as a half-trained model would draw it: paler, under a colour cast and blotches, with pixel noise.
+    Such an image must still be recognised: what comes back seldom comes back clean."""
+    n, c, h, w = x.shape
+    uniform = lambda low, high, *size: low + (high - low) * torch.rand(n, *size, device=x.device)
+    blotches = F.interpolate(uniform(-1, 1, c, 4, 4), (h, w), mode="bilinear")
+    x = uniform(0.5, 1, 1, 1, 1) * x + uniform(-0.3, 0.3, c, 1, 1) + uniform(0, 0.3, 1, 1, 1) * blotches
+    return (x + uniform(0, 0.2, 1, 1, 1) * torch.randn_like(x)).clamp(-1, 1)
 
 
 def train_classifier(dataset, data_dir, device, size, seed=0, steps=None, batch_size=128, lr=3e-3, **keep):
     """Train on the train split; returns (classifier, accuracy on the test split per factor, the Loop). Images are
-    shifted by up to 2 pixels and a little noise is added, so that a generated image's small faults do not decide. An
-    eighth of every batch is garbage, to be called none."""
+    shifted by up to 2 pixels; half of every batch is worn, and an eighth is garbage, to be called none."""
     torch.manual_seed(seed)
     images, y, names = load_data(dataset, "train", data_dir, device, size)
     width, default_steps = CLASSIFIER[dataset]
@@ -109,7 +118,8 @@ def train_classifier(dataset, data_dir, device, size, seed=0, steps=None, batch_
         x, labels = get_batch(images, y, batch_size, flip=dataset == "cifar10")
         dx, dy = torch.randint(-2, 3, (2,)).tolist()
         x = x.roll((dx, dy), (2, 3)) + 0.05 * torch.randn_like(x)
-        spoilt = max(len(x) // 8, 1)
+        spoilt, half = max(len(x) // 8, 1), len(x) // 2
+        x[half:] = worn(x[half:])
         x[:spoilt], labels[:spoilt] = garbage(x[:spoilt]), none
         loss = sum(F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(net(x)))
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, 100, cosine=True)

@@ -1014,6 +1014,15 @@ def test_garbage_is_recognised_as_nothing():
         assert (fid.predict(classifier, spoilt) == torch.tensor([10, 5])).double().mean() > 0.95
 
 
+def test_a_pale_or_blotchy_image_is_still_recognised():
+    classifier, _ = fid.load_classifier("shapes", "data", torch.device("cpu"), train_ddpm.label_names("shapes"))
+    x, y = train_ddpm.draw_shapes(4, seed=78)
+    x = x.float() / 127.5 - 1
+    blot = 0.2 * torch.sin(torch.arange(32) / 5)[None, None, :, None]              # not of the kind it was trained with
+    for faulty in (0.6 * x + 0.2, 0.7 * x + blot, (x + 0.15 * torch.randn_like(x)).clamp(-1, 1)):
+        assert (fid.predict(classifier, faulty) == y).double().mean() > 0.95
+
+
 @pytest.mark.parametrize("hits,n", [(0, 20), (7, 20), (20, 20), (500, 1000)])
 def test_wilson_interval_agrees_with_scipy(hits, n):
     peer = scipy.stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
