@@ -255,15 +255,11 @@ def make_table(folder):
         return next((attacked[id(k)] for k, _ in groups if id(k) in attacked and k["method"] == method
                      and all(k.get(s) == key[s] for s in same)), None)
 
-    def percentage(runs, name, counted):
-        """Mean, Wilson interval of all samples and, of several runs, their range."""
-        values = [r[name] for r in runs if r.get(name) is not None]
-        if not values:
-            return "-"
-        n = sum(r[counted] for r in runs)
-        low, high = wilson(round(sum(r[name] * r[counted] for r in runs)), n)
-        spread = f" ({100 * min(values):.0f}..{100 * max(values):.0f})" if len(values) > 1 else ""
-        return f"{100 * sum(values) / len(values):.1f} [{100 * low:.0f}, {100 * high:.0f}]{spread}"
+    def percentage(runs, name):
+        """Mean and, of several runs, their range."""
+        values = [100 * r[name] for r in runs if r.get(name) is not None]
+        spread = f" ({min(values):.0f}..{max(values):.0f})" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.1f}{spread}" if values else "-"
 
     mean = lambda values, form: form.format(sum(values) / len(values)) if values and None not in values else "-"
     head = ("method", "forgets", "runs", "seconds", "UA", "IRA", "CRA", "FID before", "FID after", "attack", "AR",
@@ -275,22 +271,24 @@ def make_table(folder):
         after = [r["after"] for r in unlearned]
         row = [label, ", ".join(sorted({n for pair in runs for n in (pair[0] or pair[1])["forget"]["names"]})),
                str(len(runs)), mean([r["train_seconds"] for r in unlearned], "{:.0f}"),
-               *(percentage(after, k, f"{k}_samples") for k in ("ua", "ira", "cra")),
+               *(percentage(after, k) for k in ("ua", "ira", "cra")),
                mean([r["before"]["fid"] for r in unlearned], "{:.2f}"), mean([m["fid"] for m in after], "{:.2f}")]
         if attacks:
             what = ", ".join([key["attack aux"], f"{key['attack steps']} steps",
                               *differing(key, "attack ", "dataset", "factor", "method", "attack aux", "attack steps")])
             curve = attacked[id(key)]
             ends = [{"ar": 1 - a["after"]["ua"], "n": a["after"]["ua_samples"]} for a in attacks]
+            low, high = wilson(round(sum(e["ar"] * e["n"] for e in ends)), sum(e["n"] for e in ends))
             value = irreversibility(curve, reference("retrain", key), reference("original", key))
-            row += [what, percentage(ends, "ar", "n"), percentage([a["after"] for a in attacks], "ira", "ira_samples"),
+            row += [what, f"{percentage(ends, 'ar')} [{100 * low:.0f}, {100 * high:.0f}]",
+                    percentage([a["after"] for a in attacks], "ira"),
                     str(next((step for step, ar in zip(*curve[:2]) if ar > 0.5), "-")),
                     "-" if value is None else f"{value:.2f}"]
             series[f"{label} {what}"] = curve
         lines.append("| " + " | ".join(row + ["-"] * (len(head) - len(row))) + " |")
     some = groups[0][1][0][0] or groups[0][1][0][1]
     notes = some["protocol"]
-    lines += ["", f"Shares in %: mean, [95 % Wilson interval of all samples] and (lowest..highest run). Dataset "
+    lines += ["", f"Shares in %: mean, (lowest..highest run), [95 % Wilson interval of all samples]. Dataset "
               f"{notes['dataset']}; {notes['forget_samples']} + {notes['retain_samples']} samples after an unlearning, "
               f"{notes['sampler'].upper()} {notes['sampler_steps']} steps, guidance {notes['guidance']:g}; FID on "
               f"{notes['fid_features']} features against {notes['real_images']} training images. Seconds are those of "

@@ -912,7 +912,7 @@ def test_the_table_groups_seeds_and_values_and_keeps_settings_apart(capsys):
     assert cells.keys() == {"salun steps 100", "salun steps 300", "original"}
     low, high = fid.wilson(75, 150)
     assert cells["salun steps 100"]["forgets"] == "cross, square" and cells["salun steps 100"]["runs"] == "3"
-    assert cells["salun steps 100"]["AR"] == f"50.0 [{100 * low:.0f}, {100 * high:.0f}] (20..90)"
+    assert cells["salun steps 100"]["AR"] == f"50.0 (20..90) [{100 * low:.0f}, {100 * high:.0f}]"
     assert cells["salun steps 300"]["AR"] == "-" and cells["original"]["UA"] == "-" and cells["original"]["half"] == "100"
 
 
