@@ -1385,6 +1385,8 @@ def values_for(action):
 def test_no_flag_value_ends_in_a_traceback(module, small_shapes, monkeypatch, capsys):
     monkeypatch.setattr(train_ddpm, "benchmark", lambda *args: None)
     monkeypatch.setattr(train_ddpm, "compile_network", lambda model: None)
+    monkeypatch.setattr(attack, "study_plan", lambda: [])
+    monkeypatch.setattr(attack, "demo", lambda device: None)
     monkeypatch.setattr(unlearn, "PREPARE", {})
     monkeypatch.setattr(M, "T", 20)                    # or --sampler ddpm takes its 1,000 steps
     count = 0
