@@ -44,7 +44,7 @@ DEFAULTS = {
     "small": {
         "dimum": dict(steps=150, batch_size=32, lr=1e-3, weight=1.0),
         "salun": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
-        # sfron: its retain steps bring a part back as the strength falls: UA 82 to 100 %; 38 % after 100 steps.
+        # sfron: its retain steps bring a part back as the strength falls, and after 100 steps often most of it.
         "sfron": dict(steps=200, batch_size=32, lr=3e-4, weight=10.0),
         "esd": dict(steps=200, batch_size=32, lr=3e-4, weight=1.0),
         "sa": dict(steps=200, batch_size=32, lr=1e-3, weight=0.01),    # 10, the paper's, let nothing move here
