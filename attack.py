@@ -237,7 +237,7 @@ def mean_curve(attacks):
 
 
 def make_table(folder):
-    """Gather every result.json under a folder into table.md, and all AR curves into attack_curves.png."""
+    """Gather every result.json under a folder into table.md, and all AR curves into attack_curves*.png."""
     groups = group_runs(read_results(folder))
     if not groups:
         fail(f"no results of unlearn.py or attack.py under {folder}; run 'python unlearn.py --cls 1' first")
@@ -284,7 +284,7 @@ def make_table(folder):
                     percentage([a["after"] for a in attacks], "ira"),
                     str(next((step for step, ar in zip(*curve[:2]) if ar > 0.5), "-")),
                     "-" if value is None else f"{value:.2f}"]
-            series[f"{label} {what}"] = curve
+            series.setdefault((key["dataset"], key["factor"]), {})[label, what] = curve
         lines.append("| " + " | ".join(row + ["-"] * (len(head) - len(row))) + " |")
     some = groups[0][1][0][0] or groups[0][1][0][1]
     notes = some["protocol"]
@@ -296,9 +296,12 @@ def make_table(folder):
     text = "\n".join(lines)
     write_file(Path(folder, "table.md"), lambda p: p.write_text(text + "\n"))
     print(text + f"\n\nwrote {folder}/table.md")
-    if series:
-        save_plot(Path(folder, "attack_curves.png"), series, "AR under attack", "attack step", "AR", (0, 1))
-        print(f"wrote {folder}/attack_curves.png")
+    for kind, curves in series.items():            # a picture for classes, one for styles
+        path = Path(folder, f"attack_curves{'_' + '_'.join(kind) if len(series) > 1 else ''}.png")
+        same = len({what for _, what in curves}) == 1
+        save_plot(path, {label if same else f"{label} {what}": curve for (label, what), curve in curves.items()},
+                  f"AR under attack: {' '.join(kind)}", "attack step", "AR", (0, 1))
+        print(f"wrote {path}")
 
 
 def save_weights(path, moved):

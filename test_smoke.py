@@ -904,6 +904,8 @@ def test_the_table_groups_seeds_and_values_and_keeps_settings_apart(capsys):
         result_file(f"runs/{seed}{value}-retain", "attack", ar, seed, value, f"m{seed}{value}")
     result_file("runs/long", "unlearn", model="long", steps=300)
     result_file("runs/original", "attack", 1.0, method="original", model="none")
+    sketch = {"factor": "style", "values": [3], "names": ["sketch"]}
+    result_file("runs/style", "attack", 0.5, method="esd", model="none", forget=sketch)
     run(attack, "--table", "runs")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in Path("runs/table.md").read_text().splitlines()
             if line.startswith("| salun") or line.startswith("| original")]
@@ -913,6 +915,7 @@ def test_the_table_groups_seeds_and_values_and_keeps_settings_apart(capsys):
     low, high = fid.wilson(75, 150)
     assert cells["salun steps 100"]["forgets"] == "cross, square" and cells["salun steps 100"]["runs"] == "3"
     assert cells["salun steps 100"]["AR"] == f"50.0 (20..90) [{100 * low:.0f}, {100 * high:.0f}]"
+    assert Path("runs/attack_curves_shapes_cls.png").is_file() and Path("runs/attack_curves_shapes_style.png").is_file()
     assert cells["salun steps 300"]["AR"] == "-" and cells["original"]["UA"] == "-" and cells["original"]["half"] == "100"
 
 
