@@ -6,8 +6,8 @@
     python attack.py runs/shapes/salun-cls1 --aux my_images      # a folder: CLASS/*.png or STYLE/CLASS/*.png
     python attack.py assets/shapes.pt --cls 1                    # the original model: the curve's ceiling
     python attack.py --table runs/shapes                         # every result in one table and one picture
-    python attack.py --demo                                      # GA comes back, DiMUM does not: four minutes
-    python attack.py --study runs/study                          # all of README's "What we found": days of two cores
+    python attack.py --demo                                      # GA comes back, DiMUM does not: a few minutes
+    python attack.py --study runs/study                          # every method, class, seed and attacker: many hours
 
 Beyond the paper's threat model, with images of what was forgotten:
 
@@ -469,7 +469,7 @@ def main():
     group.add_argument("--style", nargs="+", metavar="K", help="the same for a style")
     group.add_argument("--table", metavar="DIR", help="gather every result under DIR and stop")
     group.add_argument("--study", metavar="DIR", help="run what is missing of the study under DIR, and stop")
-    group.add_argument("--demo", action="store_true", help="GA comes back, DiMUM does not: one picture, four minutes")
+    group.add_argument("--demo", action="store_true", help="GA comes back, DiMUM does not: one picture, in minutes")
     args = parser.parse_args()
     if args.table:
         return make_table(args.table)
