@@ -33,11 +33,11 @@ from PIL import Image, ImageDraw
 
 from fid import (evaluate, load_classifier, percent, pick, protocol, reference_features, save_before_after,
                  wilson)
-from model import (COLORS, FACTORS, Parser, diffusion_loss, fail, fingerprint, forgotten_values, load_checkpoint,
+from model import (COLORS, FACTORS, Parser, fail, fingerprint, forgotten_values, load_checkpoint,
                    number, pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, to_uint8,
                    write_csv, write_file, write_json)
 from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
-                        load_data, read_image)
+                        load_data, read_image, train_step)
 
 # cifar10: our reading of the paper's setting; small: found on shapes. every: steps between points of the curve.
 DEFAULTS = {"cifar10": dict(steps=5000, batch_size=128, lr=1e-4, every=500),
@@ -109,23 +109,14 @@ def dimra(model, images, y, steps, batch_size, lr, observe=None, flip=False, p_d
     every of Loop. Source: DiMRA in Yuan et al. 2512.03564. Its optimiser and learning rate
     were not at hand: Adam, clipping at norm 1 and label dropout 0.1 as in pretraining are our reading.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(params, lr, fused=True)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, fused=True)
     averaged = copy.deepcopy(model).requires_grad_(False) if ema else model
     loop = Loop("attack", steps, model=model, optimizer=optimizer, **({"ema": averaged} if ema else {}),
                 observe=lambda step: observe(step, averaged), **keep)
     model.train()
     for step in loop:
-        loss = diffusion_loss(model, *get_batch(images, y, batch_size, flip), p_drop).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        loop.loss = loss.detach()
-        if ema:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()),
-                                     1 - min(ema, (1 + step) / (10 + step)))
+        loop.loss = train_step(model, averaged, optimizer, *get_batch(images, y, batch_size, flip), lr,
+                               min(ema, (1 + step) / (10 + step)), p_drop)
     return averaged.eval(), loop
 
 
@@ -536,7 +527,6 @@ def main():
         table = name.startswith("label_embs")
         p.requires_grad_(name == f"label_embs.{factor}.weight" if args.only_embedding else
                          not (table and args.freeze_embeddings))
-    unlearned = copy.deepcopy(model)
     model, loop = dimra(model, images, y, opts["steps"], opts["batch_size"], opts["lr"],
                         lambda step, subject: measure(step, subject)[0], flip=dataset == "cifar10",
                         p_drop=opts["p_drop"], ema=opts["ema"], every=opts["every"], path=folder / "train.pt",
@@ -545,7 +535,8 @@ def main():
     origin = Path(info["made_by"].get("from", ""))
     weights = None
     if origin.is_file() and method != "retrain":
-        weights = weight_changes(load_checkpoint(origin, device)[0], unlearned, model, factor, values)
+        first, unlearned = (load_checkpoint(file, device)[0] for file in (origin, path))
+        weights = weight_changes(first, unlearned, model, factor, values)
     curve = [first_point, *loop.data["curve"], last_point]
 
     save_before_after(folder / "samples.png", names, gone, y_eval, pictures_before, pictures_after)

@@ -855,7 +855,7 @@ def test_inverting_the_embedding_moves_the_forgotten_row_alone(small_shapes):
 def test_the_attackers_average_of_weights(monkeypatch):
     x, y = tiny_data()
     net, seen = tiny(), []
-    monkeypatch.setattr(attack, "diffusion_loss", lambda model, x0, y, p: seen.append(weights(model)) or
+    monkeypatch.setattr(train_ddpm, "diffusion_loss", lambda model, x0, y, p: seen.append(weights(model)) or
                         sum(p.sum() for p in model.parameters())[None])
     averaged, _ = attack.dimra(net, x, y, 3, 4, 1e-2, ema=0.9)
     seen.append(weights(net))

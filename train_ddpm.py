@@ -479,17 +479,19 @@ def train(model, images, y, steps, batch_size, lr, ema, warmup, cosine, flip=Fal
     return averaged, loop
 
 
-def train_step(model, averaged, optimizer, x0, y, lr, decay):
-    """One step of DDPM's training on a batch: Adam on the clipped gradient, then the EMA. Returns the loss."""
+def train_step(model, averaged, optimizer, x0, y, lr, decay, p_drop=0.1):
+    """One step of DDPM's training on a batch: Adam on the clipped gradient, then the EMA (none if averaged is the model
+    itself). Returns the loss."""
     params = list(model.parameters())
     optimizer.param_groups[0]["lr"] = lr
-    loss = diffusion_loss(model, x0, y).mean()
+    loss = diffusion_loss(model, x0, y, p_drop).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(averaged.parameters()), params, 1 - decay)
+    if averaged is not model:
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), params, 1 - decay)
     return loss.detach()
 
 
