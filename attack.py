@@ -357,8 +357,7 @@ def study_plan():
     """Yield (run folder, script, arguments) of every run of the study; "{}/" stands for the study's own folder. The
     first part of a run folder is the question: does it come back (classes, style, data, fashion), how fast (strength),
     DiMUM's own choices (choices), attackers who have images of what was forgotten (beyond)."""
-    methods = ("ga", "rl", "salun", "sfron", "esd", "sa", "finetune", "swap", "dimum")
-    main = ("ga", "salun", "sfron", "dimum")
+    main = ("ga", "salun", "sfron", "swap", "dimum")
 
     def unlearn(run, method, flag, value, *more, seed=0):
         return run, "unlearn.py", ("--method", method, f"--{flag}", value, "--seed", seed, "--samples", 150, *more)
@@ -367,25 +366,25 @@ def study_plan():
         out = f"{part}/{run.partition('/')[2]}" if part else run
         return f"{out}-{name}", "attack.py", ("{}/" + run, "--seed", seed, *more)
 
-    # Three classes and three seeds, but not all nine pairs, which two cores cannot carry.
-    for flag, value, seed in (("cls", 1, 0), ("cls", 4, 0), ("cls", 7, 0), ("style", 3, 0),
-                              ("cls", 1, 1), ("cls", 1, 2), ("style", 3, 1), ("style", 3, 2)):
-        for method in methods if flag == "cls" else (*main, "swap"):
+    # Three classes and three seeds, but not all nine pairs, which two cores cannot carry; DiMUM on five classes.
+    for flag, value, seed, methods in (("cls", 1, 0, (*main, "retrain", "rl", "esd", "sa", "finetune")),
+                                       ("cls", 4, 0, main), ("cls", 1, 1, main), ("cls", 7, 0, main),
+                                       ("cls", 1, 2, main), ("style", 3, 0, main), ("style", 3, 1, main[1:]),
+                                       ("style", 3, 2, main[1:]), ("cls", 2, 0, ("dimum",)), ("cls", 9, 0, ("dimum",)),
+                                       ("cls", 4, 0, ("retrain",))):
+        for method in methods:
             run = f"{'classes' if flag == 'cls' else 'style'}/{flag}{value}-seed{seed}/{method}"
-            follow = ("--eval-every", 40) if (value, seed) == (1, 0) and method in main else ()
+            follow = ("--eval-every", 40) if (value, seed) == (1, 0) and method in main and method != "swap" else ()
             yield unlearn(run, method, flag, value, *follow, seed=seed)
             yield attack(run, "retain", seed=seed)
-            for aux in ("heldout", "generated") if value == 1 and method in main else ():
-                yield attack(run, aux, "--aux", aux, seed=seed, part="data")
-        if flag == "cls" and seed == 0 and value in (1, 4):
-            run = f"classes/cls{value}-seed0/retrain"
-            yield unlearn(run, "retrain", "cls", value)
-            yield attack(run, "retain")
-        if (value, seed) == (1, 0):
+            if (value, seed) == (4, 0) and method in main:
+                yield attack(run, "heldout", "--aux", "heldout", part="data")
+                yield attack(run, "generated", "--aux", "generated", part="data")
+        if (flag, value, seed) == ("cls", 1, 0):
             yield from study_of_one(unlearn, attack)
     yield "fashion/pretrain", "train_ddpm.py", ("--dataset", "fashion")
     for value in (1, 8):
-        for method in (*main, "swap"):
+        for method in main[1:]:
             run = f"fashion/cls{value}-seed0/{method}"
             yield unlearn(run, method, "cls", value, "--dataset", "fashion", "--ckpt", "{}/fashion/pretrain/model.pt")
             yield attack(run, "retain")
@@ -393,25 +392,27 @@ def study_plan():
 
 def study_of_one(unlearn, attack):
     """The questions that are asked of one class and one seed."""
-    for method, steps in (("salun", (50, 150, 500)), ("dimum", (50, 150, 500)), ("sfron", (70, 200, 700))):
+    yield unlearn("choices/inverters4", "dimum", "cls", 1, "--inverters", 4, "--steps", 300)
+    yield attack("choices/inverters4", "retain")
+    for run in ("choices/inverters4", *(f"classes/cls1-seed0/{m}" for m in ("dimum", "swap", "salun", "retrain"))):
+        for name, flags in {"invert10": (10, "--only-embedding", "--lr", 0.05, "--batch-size", 16), "few10": (10,),
+                            "invert1": (1, "--only-embedding", "--lr", 0.05, "--batch-size", 16), "few1": (1,)}.items():
+            yield attack(run, name, "--aux", f"fewshot:{flags[0]}", "--steps", 200, "--every", 40, *flags[1:],
+                         part="beyond")
+    for name, flags in {"lr3e-4": ("--lr", 3e-4), "lr2e-3": ("--lr", 2e-3), "ema": ("--ema", 0.99),
+                        "drop0": ("--p-drop", 0), "drop.5": ("--p-drop", 0.5), "batch8": ("--batch-size", 8),
+                        "frozen": ("--freeze-embeddings",)}.items():
+        yield attack("classes/cls1-seed0/sfron", name, *flags, part="strength")
+    for method, steps in (("salun", (50, 500)), ("dimum", (50, 500))):         # 200 and 150 are among the classes
         for n in steps:
             run = f"strength/{method}-{n}"
             yield unlearn(run, method, "cls", 1, "--steps", n)
             yield attack(run, "retain")
-    for name, flags in {"lr1e-4": ("--lr", 1e-4), "lr3e-4": ("--lr", 3e-4), "lr2e-3": ("--lr", 2e-3),
-                        "ema": ("--ema", 0.99), "drop0": ("--p-drop", 0), "drop.5": ("--p-drop", 0.5),
-                        "batch8": ("--batch-size", 8), "frozen": ("--freeze-embeddings",)}.items():
-        yield attack("strength/salun-50", name, *flags)
     for name, flags in {"mix": ("--alternative", "mix"), "noise": ("--alternative", "noise"),
-                        "bar": ("--alternative", "class:bar"), "one": ("--alt-size", 1), "lambda.3": ("--lambda", 0.3),
-                        "lambda3": ("--lambda", 3), "embedding10": ("--embedding-lr", 10)}.items():
+                        "one": ("--alt-size", 1), "lambda.3": ("--lambda", 0.3), "lambda3": ("--lambda", 3),
+                        "embedding10": ("--embedding-lr", 10)}.items():
         yield unlearn(f"choices/{name}", "dimum", "cls", 1, *flags)
         yield attack(f"choices/{name}", "retain")
-    for method in ("salun", "sfron", "swap", "dimum", "retrain"):
-        for k in (1, 10, 100):
-            for name, flags in (("few", ()), ("invert", ("--only-embedding", "--lr", 0.05, "--batch-size", 16))):
-                yield attack(f"classes/cls1-seed0/{method}", f"{name}{k}", "--aux", f"fewshot:{k}", "--steps", 200,
-                             "--every", 20, *flags, part="beyond")
 
 
 def study(folder):
@@ -422,11 +423,20 @@ def study(folder):
     for n, (out, script, words) in enumerate(missing):
         left = f", {(time.time() - began) / n * (len(missing) - n) / 3600:.1f} hours left" if n else ""
         print(f"\nstudy: run {len(plan) - len(missing) + n + 1} of {len(plan)}{left}", flush=True)
+        attacked = Path(str(words[0]).format(folder))
+        if script == "attack.py" and not (attacked / "model.pt").is_file():
+            print(f"skipped {out}: {attacked}/model.pt is gone; remove {attacked} to have it made again")
+            continue
         resume = ["--resume"] if (out / "train.pt").is_file() else []
         run_stage(script, *(str(word).format(folder) for word in words), "--out", out, *resume)
-    for part in sorted({Path(folder, path.relative_to(folder).parts[0]) for path, *_ in plan}):
+    study_figures(folder)
+
+
+def study_figures(folder):
+    """The tables of a study's folder, one by question, and its two figures of class 1."""
+    for part in sorted(path for path in Path(folder).glob("*") if path.is_dir() and read_results(path)):
         make_table(part)
-    results = [r for r in read_results(Path(folder, "classes")) if r["dataset"] == "shapes"]
+    results = [r for r in read_results(Path(folder, "classes")) if r["forget"]["values"] == [1]]
     followed = {r["method"]: columns(r["curve"], "step", "fid") for r in results
                 if r["stage"] == "unlearn" and r["curve"]}
     if followed:

@@ -921,12 +921,14 @@ def test_the_table_groups_seeds_and_values_and_keeps_settings_apart(capsys):
 
 def test_the_study_runs_what_is_missing_and_resumes_what_is_half_done(monkeypatch, capsys):
     plan = [("q1/a/salun", "unlearn.py", ("--cls", 1)), ("q1/a/salun-retain", "attack.py", ("{}/q1/a/salun",)),
-            ("q1/b/salun", "unlearn.py", ("--cls", 3))]
+            ("q1/a/gone-retain", "attack.py", ("{}/q1/a/gone",)), ("q1/b/salun", "unlearn.py", ("--cls", 3))]
     calls = []
     monkeypatch.setattr(attack, "study_plan", lambda: plan)
     monkeypatch.setattr(attack, "run_stage", lambda script, *words: calls.append((script, *map(str, words))) or result_file(
         words[words.index("--out") + 1], script[:-3]))
     result_file("s/q1/a/salun", "unlearn")
+    Path("s/q1/a/salun/model.pt").touch()
+    result_file("s/q1/a/gone", "unlearn")
     result_file("s/classes/x", "unlearn", model="x", curve=[{"step": s, "fid": 30.0 + s} for s in (0, 100)])
     part = {"unlearn": 0.5, "attack": 0.1, "cosine": -1.0}
     result_file("s/classes/y", "attack", weights={"down layers": part, "up layers": {**part, "cosine": None}})
@@ -935,6 +937,7 @@ def test_the_study_runs_what_is_missing_and_resumes_what_is_half_done(monkeypatc
     run(attack, "--study", "s")
     assert calls == [("attack.py", "s/q1/a/salun", "--out", "s/q1/a/salun-retain"),
                      ("unlearn.py", "--cls", "3", "--out", "s/q1/b/salun", "--resume")]
+    assert "remove s/q1/a/gone" in capsys.readouterr().out           # its result is there, its weights are not
     assert Path("s/q1/table.md").read_text().count("| salun | square | 1 |") == 1          # equal models count once
     assert Image.open("s/weights.png").size == (70 + 2 * 104, 34 + 58)
     assert Image.open("s/fid_during_unlearning.png").size == (760, 420)
