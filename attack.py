@@ -37,7 +37,7 @@ from model import (COLORS, FACTORS, Parser, fail, fingerprint, forgotten_values,
                    number, pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, to_uint8,
                    write_csv, write_file, write_json)
 from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
-                        load_data, read_image, train_step)
+                        having, load_data, read_image, train_step)
 
 # cifar10: our reading of the paper's setting; small: found on shapes. every: steps between points of the curve.
 DEFAULTS = {"cifar10": dict(steps=5000, batch_size=128, lr=1e-4, every=500),
@@ -46,31 +46,32 @@ DEFAULTS = {"cifar10": dict(steps=5000, batch_size=128, lr=1e-4, every=500),
 
 # ---- the attacker's data ---------------------------------------------------------------------------------------
 
-def auxiliary_set(aux, model, dataset, data_dir, device, names, gone, generated=500):
+def auxiliary_set(aux, model, train, dataset, data_dir, device, names, gone, generated=500):
     """Images uint8 (N, C, H, W) and labels (N, F) with nothing of the forgotten values gone = {factor: [value, ...]}.
 
-    aux: "retain" (training split), "heldout" (test split), "generated" (sampled from the model under attack, retained
-    conditions only, so that the rule holds whatever the model draws), or a folder whose subfolders name the labels.
+    aux: "retain" (from train, the training split's images and labels), "heldout" (test split), "generated" (sampled
+    from the model under attack, retained conditions only, so that the rule holds whatever the model draws), or a
+    folder whose subfolders name the labels.
     "fewshot:K" is outside these rules: K training images of the forgotten conditions, in turn from each.
     """
     if aux.startswith("fewshot:"):
         k = aux.partition(":")[2]
         if not k.isdecimal() or int(k) < 1:
             fail(f"--aux {aux}: say how many images, such as fewshot:10")
-        images, y, _ = load_data(dataset, "train", data_dir, device, model.cfg.image_size)
-        forgotten = torch.ones(len(y), dtype=torch.bool, device=y.device)
-        forgotten[exclude(torch.arange(len(y), device=y.device), y, gone)[0]] = False
-        images, y = images[forgotten], y[forgotten]
+        images, y = train
+        lost = having(y, gone)
+        images, y = images[lost], y[lost]
         cells = torch.unique(y, dim=0)
         wanted = cells.repeat(math.ceil(int(k) / len(cells)), 1)[:int(k)]
         return pick(images, y, wanted), wanted
-    if aux in ("retain", "heldout"):
-        split = "train" if aux == "retain" else "test"
-        images, y, _ = load_data(dataset, split, data_dir, device, model.cfg.image_size)
+    if aux == "retain":
+        return exclude(*train, gone)
+    if aux == "heldout":
+        images, y, _ = load_data(dataset, "test", data_dir, device, model.cfg.image_size)
         return exclude(images, y, gone)
     if aux == "generated":
         cells = all_labels(names, 1)
-        _, cells = exclude(cells, cells, gone)
+        cells = cells[~having(cells, gone)]
         y = cells.repeat_interleave(math.ceil(generated / len(cells)), 0)
         images = sample(model, y, steps=20, seed=99, label="generating the auxiliary set")
         return to_uint8(images).to(device), y.to(device)
@@ -505,13 +506,13 @@ def main():
     aux_name = args.aux if args.aux in ("retain", "heldout", "generated") else Path(args.aux).name.replace(":", "")
     aux_name += {"all": "", "embedding": "-only-embedding", "network": "-freeze-embeddings"}[opts["trained"]]
     torch.manual_seed(args.seed)
-    auxiliary = lambda aux: auxiliary_set(aux, model, dataset, args.data_dir, device, names, gone)
-    images, y = auxiliary(args.aux)
+    *train, _ = load_data(dataset, "train", args.data_dir, device, model.cfg.image_size)
+    retained = exclude(*train, gone)
+    images, y = auxiliary_set(args.aux, model, train, dataset, args.data_dir, device, names, gone)
     folder = run_folder(args.out, Path("runs", dataset, f"attack-{run_name}-{aux_name}"), args.resume)
     print(f"DiMRA on {path}: {len(images)} auxiliary images ({args.aux}), {opts['steps']} steps, batch "
           f"{opts['batch_size']}, lr {opts['lr']:g}; counting {FACTORS[factor]} "
           f"{', '.join(names[factor][v] for v in values)}")
-    retained = (images, y) if args.aux == "retain" else auxiliary("retain")
     if args.aux.startswith("fewshot:") and args.only_embedding:
         opts["p_drop"] = 0.0                       # or the null embedding would learn the images, too
     elif args.aux.startswith("fewshot:"):          # half of each batch is retained data, to keep the rest as it is

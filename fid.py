@@ -23,7 +23,7 @@ from PIL import Image
 
 from model import (FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, pick_device, read_file,
                    run_folder, run_script, sample, save_grid, save_torch, to_uint8, write_json)
-from train_ddpm import (Loop, all_labels, common_flags, dataset_flag, exclude, find_images, get_batch, label_names,
+from train_ddpm import (Loop, all_labels, common_flags, dataset_flag, find_images, get_batch, having, label_names,
                         learning_rate, load_data, same_data, show_labels)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -256,10 +256,9 @@ def split_labels(names, gone, samples):
     """Labels to sample: (forgotten (N1, F), retained (N2, F)). A third of `samples` goes to the conditions with a value
     of gone, {factor: [value, ...]}, the rest to the others, spread evenly over all combinations (at least one each)."""
     cells = all_labels(names, 1)
-    _, kept = exclude(cells, cells, gone)
-    forgotten = cells[~(cells[:, None] == kept).all(2).any(1)]
+    lost = having(cells, gone)
     share = lambda part, n: part.repeat_interleave(max(1, round(n / max(len(part), 1))), 0)
-    return share(forgotten, samples / 3), share(kept, samples * 2 / 3)
+    return share(cells[lost], samples / 3), share(cells[~lost], samples * 2 / 3)
 
 
 def score(images, y, classifier, gone, factor, names, real_features):

@@ -635,11 +635,17 @@ def show_labels(names, per_cell=1, wanted={}, most=12):
     return order, dict(columns=len(shown[0]), heads=[names[0][v][:9] for v in shown[0]], rows=rows)
 
 
+def having(y, values):
+    """Which of the labels y (N, F) have one of the values {factor index: [value, ...]}: bool (N,)."""
+    found = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for factor, some in values.items():
+        found |= torch.isin(y[:, factor], torch.tensor(some, dtype=torch.long, device=y.device))
+    return found
+
+
 def exclude(images, y, values):
     """Only the examples that have none of the values: {factor index: [value, ...]}."""
-    keep = torch.ones(len(y), dtype=torch.bool, device=y.device)
-    for factor, gone in values.items():
-        keep &= ~torch.isin(y[:, factor], torch.tensor(gone, dtype=torch.long, device=y.device))
+    keep = ~having(y, values)
     return images[keep], y[keep]
 
 
