@@ -255,7 +255,7 @@ def make_table(folder):
 
     mean = lambda values, form: form.format(sum(values) / len(values)) if values and None not in values else "-"
     head = ("method", "forgets", "runs", "seconds", "UA", "IRA", "CRA", "FID before", "FID after", "attack", "AR",
-            "IRA after", "half at", "irreversibility")
+            "peak", "IRA after", "half at", "irreversibility")
     lines, series = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], {}
     for key, runs in groups:
         unlearned, attacks = [r for r, _ in runs if r], [a for _, a in runs if a]
@@ -272,11 +272,12 @@ def make_table(folder):
             ends = [{"ar": 1 - a["after"]["ua"], "n": a["after"]["ua_samples"]} for a in attacks]
             low, high = wilson(round(sum(e["ar"] * e["n"] for e in ends)), sum(e["n"] for e in ends))
             value = irreversibility(curve, reference("retrain", key), reference("original", key))
+            peak, at = max((ar, -step) for step, ar in zip(*curve[:2]))
             row += [what, f"{percentage(ends, 'ar')} [{100 * low:.0f}, {100 * high:.0f}]",
-                    percentage([a["after"] for a in attacks], "ira"),
+                    f"{100 * peak:.0f} at {-at}", percentage([a["after"] for a in attacks], "ira"),
                     str(next((step for step, ar in zip(*curve[:2]) if ar > 0.5), "-")),
                     "-" if value is None else f"{value:.2f}"]
-            series.setdefault((key["dataset"], key["factor"]), {})[label, what] = curve
+            series.setdefault((key["dataset"], key["factor"], what), {})[label] = curve
         lines.append("| " + " | ".join(row + ["-"] * (len(head) - len(row))) + " |")
     some = groups[0][1][0][0] or groups[0][1][0][1]
     notes = some["protocol"]
@@ -284,15 +285,15 @@ def make_table(folder):
               f"{notes['dataset']}; {notes['forget_samples']} + {notes['retain_samples']} samples after an unlearning, "
               f"{notes['sampler'].upper()} {notes['sampler_steps']} steps, guidance {notes['guidance']:g}; FID on "
               f"{notes['fid_features']} features against {notes['real_images']} training images. Seconds are those of "
-              "the unlearning alone; half at: the first step with AR above 50 %."]
+              "the unlearning alone; peak: the highest AR on the way; half at: the first step with AR above 50 %."]
     text = "\n".join(lines)
     write_file(Path(folder, "table.md"), lambda p: p.write_text(text + "\n"))
     print(text + f"\n\nwrote {folder}/table.md")
-    for kind, curves in series.items():            # a picture for classes, one for styles
-        path = Path(folder, f"attack_curves{'_' + '_'.join(kind) if len(series) > 1 else ''}.png")
-        same = len({what for _, what in curves}) == 1
-        save_plot(path, {label if same else f"{label} {what}": curve for (label, what), curve in curves.items()},
-                  f"AR under attack: {' '.join(kind)}", "attack step", "AR", (0, 1))
+    several = [len(set(words)) > 1 for words in zip(*series)]
+    for kind, curves in series.items():            # a picture for classes, one for styles; for each attack its own
+        words = [re.sub(r"[^\w.-]+", "-", word) for word, differs in zip(kind, several) if differs]
+        path = Path(folder, "_".join(["attack_curves", *words]) + ".png")
+        save_plot(path, curves, f"AR under attack: {' '.join(kind)}", "attack step", "AR", (0, 1))
         print(f"wrote {path}")
 
 

@@ -926,13 +926,14 @@ def test_the_table_groups_seeds_and_values_and_keeps_settings_apart(capsys):
     run(attack, "--table", "runs")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in Path("runs/table.md").read_text().splitlines()
             if line.startswith("| salun") or line.startswith("| original")]
-    cells = {row[0]: dict(zip(("forgets", "runs", "seconds", "UA", "IRA", "CRA", "before", "after", "attack", "AR", "ira",
-                               "half", "irreversibility"), row[1:])) for row in rows}
+    cells = {row[0]: dict(zip(("forgets", "runs", "seconds", "UA", "IRA", "CRA", "before", "after", "attack", "AR", "peak",
+                               "ira", "half", "irreversibility"), row[1:])) for row in rows}
     assert cells.keys() == {"salun steps 100", "salun steps 300", "original"}
     low, high = fid.wilson(75, 150)
     assert cells["salun steps 100"]["forgets"] == "cross, square" and cells["salun steps 100"]["runs"] == "3"
     assert cells["salun steps 100"]["AR"] == f"50.0 (20..90) [{100 * low:.0f}, {100 * high:.0f}]"
-    assert Path("runs/attack_curves_shapes_cls.png").is_file() and Path("runs/attack_curves_shapes_style.png").is_file()
+    assert cells["salun steps 100"]["peak"] == "50 at 100"
+    assert {p.name for p in Path("runs").glob("*.png")} == {"attack_curves_cls.png", "attack_curves_style.png"}
     assert cells["salun steps 300"]["AR"] == "-" and cells["original"]["UA"] == "-" and cells["original"]["half"] == "100"
 
 

@@ -468,6 +468,7 @@ def find_checkpoint(dataset):
     path = Path("runs", dataset, "pretrain", "model.pt")
     folders = [p for p in Path("runs", dataset).glob("pretrain*/model.pt") if "without" not in p.parent.name]
     shipped = Path(__file__).parent / "assets" / f"{dataset}.pt"
+    shipped = shipped.relative_to(Path.cwd()) if shipped.is_relative_to(Path.cwd()) else shipped
     if folders:
         path = max(folders, key=lambda p: p.stat().st_mtime)
     elif shipped.is_file():
