@@ -227,7 +227,9 @@ def prepare_sfron(model, task):
     task.mask = sfron_mask(model, task)
 
 
-INVERTER_RATE, INVERTER_LIFE, INVERTER_NOISE = 0.05, 60, 0.3
+# Found on shapes, class 1, seed 0, with 4 inverters and 300 steps. Ten images and 200 steps on the label's embedding then
+# bring back 38 % of the squares; with a life of 60 steps it was 60 %, and 98 % without inverters.
+INVERTER_RATE, INVERTER_LIFE, INVERTER_NOISE = 0.05, 150, 0.3
 
 
 def prepare_dimum(model, task):
