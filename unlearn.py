@@ -327,8 +327,8 @@ def dimum(model, task, update):
 
     Source: Yuan et al. 2512.03564. Its full text was not at hand: that the second loss is the ordinary diffusion loss
     without label dropout is our reading of the abstract and summaries. The inverters are ours, after the adversarial
-    training of AdvUnlearn (Zhang et al. 2405.15234): the same alternative is memorised at label embeddings that look
-    for the forgotten images meanwhile.
+    training of AdvUnlearn (Zhang et al. 2405.15234): label embeddings that look for the forgotten images meanwhile, and
+    at which something else is memorised (blocked_loss).
     """
     half = max(task.n // 2, 1)
     loss = (diffusion_loss(model, *task.retain(half)).mean()
