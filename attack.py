@@ -213,6 +213,8 @@ def group_runs(results):
         if r:
             flat = {**r["args"], **r, "alternative": r["args"].get("alternative")}
             key.update({k: flat.get(k) for k in UNLEARN_SETTINGS})
+        elif a.get("unlearned"):
+            key.update({k: a["unlearned"].get(k) for k in UNLEARN_SETTINGS})
         if a:
             key.update({f"attack {k}": a.get(k) for k in ATTACK_SETTINGS})
         groups.setdefault(json.dumps(key), (key, []))[1].append((r, a))
@@ -566,6 +568,7 @@ def main():
         "aux": aux_name,
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
         "before": before, "after": after, "curve": curve, "weights": weights, "ckpt": settings["ckpt"],
+        "unlearned": {k: info["made_by"].get(k) for k in UNLEARN_SETTINGS} if method != "original" else None,
         "first_step_above_half": next((p["step"] for p in curve if p["ar"] > 0.5), None),
         "protocol": protocol(dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance, 1234,
                              args.seed), "args": vars(args), **opts, "seconds": round(time.time() - started, 1)})

@@ -920,15 +920,17 @@ def test_the_table_groups_seeds_and_values_and_keeps_settings_apart(capsys):
         result_file(f"runs/{seed}{value}", "unlearn", seed=seed, value=value, model=f"m{seed}{value}")
         result_file(f"runs/{seed}{value}-retain", "attack", ar, seed, value, f"m{seed}{value}")
     result_file("runs/long", "unlearn", model="long", steps=300)
+    for inverters in (0, 4):                           # attacks on models whose own results lie elsewhere
+        result_file(f"runs/elsewhere{inverters}", "attack", 0.1, method="dimum", unlearned={"inverters": inverters})
     result_file("runs/original", "attack", 1.0, method="original", model="none")
     sketch = {"factor": "style", "values": [3], "names": ["sketch"]}
     result_file("runs/style", "attack", 0.5, method="esd", model="none", forget=sketch)
     run(attack, "--table", "runs")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in Path("runs/table.md").read_text().splitlines()
-            if line.startswith("| salun") or line.startswith("| original")]
+            if line.startswith(("| salun", "| dimum", "| original"))]
     cells = {row[0]: dict(zip(("forgets", "runs", "seconds", "UA", "IRA", "CRA", "before", "after", "attack", "AR", "peak",
                                "ira", "half", "irreversibility"), row[1:])) for row in rows}
-    assert cells.keys() == {"salun steps 100", "salun steps 300", "original"}
+    assert cells.keys() == {"salun steps 100", "salun steps 300", "original", "dimum inverters 0", "dimum inverters 4"}
     low, high = fid.wilson(75, 150)
     assert cells["salun steps 100"]["forgets"] == "cross, square" and cells["salun steps 100"]["runs"] == "3"
     assert cells["salun steps 100"]["AR"] == f"50.0 (20..90) [{100 * low:.0f}, {100 * high:.0f}]"

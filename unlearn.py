@@ -227,7 +227,7 @@ def prepare_sfron(model, task):
     task.mask = sfron_mask(model, task)
 
 
-# Found on shapes, class 1, seed 0, with 4 inverters and 300 steps. Ten images and 200 steps on the label's embedding then
+# Found on shapes, class 1, seed 0, with 4 inverters and 300 steps. Ten images and 200 steps on the label embedding then
 # bring back 38 % of the squares; with a life of 60 steps it was 60 %, and 98 % without inverters.
 INVERTER_RATE, INVERTER_LIFE, INVERTER_NOISE = 0.05, 150, 0.3
 
@@ -570,7 +570,8 @@ def main():
 
     save_before_after(folder / "samples.png", names, task.gone, y_eval, images_before, images_after)
     forgotten = {FACTORS[f]: gone for f, gone in task.gone.items()}
-    made_by = {"stage": "unlearn", "method": args.method, "from": str(path), "seed": args.seed, **opts}
+    made_by = {"stage": "unlearn", "method": args.method, "from": str(path), "seed": args.seed,
+               "alternative": args.alternative, "alt_size": args.alt_size, "inverters": args.inverters, **opts}
     save_checkpoint(folder / "model.pt", model, {"dataset": args.dataset, "names": names, "forgotten": forgotten,
                                                  "made_by": made_by})
     write_csv(folder / "log.csv", loop.data["log"])
