@@ -398,14 +398,18 @@ def study_of_one(unlearn, attack):
     """The questions that are asked of one class and one seed."""
     yield unlearn("choices/inverters4", "dimum", "cls", 1, "--inverters", 4, "--steps", 300)
     yield attack("choices/inverters4", "retain")
+    invert = ("--only-embedding", "--lr", 0.05, "--batch-size", 16)
     for run in ("choices/inverters4", *(f"classes/cls1-seed0/{m}" for m in ("dimum", "swap", "salun", "retrain"))):
-        for name, flags in {"invert10": (10, "--only-embedding", "--lr", 0.05, "--batch-size", 16), "few10": (10,),
-                            "invert1": (1, "--only-embedding", "--lr", 0.05, "--batch-size", 16), "few1": (1,)}.items():
-            yield attack(run, name, "--aux", f"fewshot:{flags[0]}", "--steps", 200, "--every", 40, *flags[1:],
+        for k in (10, 1):
+            for name, flags in (("invert", invert), ("few", ())):
+                yield attack(run, f"{name}{k}", "--aux", f"fewshot:{k}", "--steps", 200, "--every", 40, *flags,
+                             part="beyond")
+        if "inverters" in run or "retrain" in run:
+            yield attack(run, "invert100", "--aux", "fewshot:100", "--steps", 400, "--every", 80, *invert,
                          part="beyond")
-    for name, flags in {"lr3e-4": ("--lr", 3e-4), "lr2e-3": ("--lr", 2e-3), "ema": ("--ema", 0.99),
-                        "drop0": ("--p-drop", 0), "drop.5": ("--p-drop", 0.5), "batch8": ("--batch-size", 8),
-                        "frozen": ("--freeze-embeddings",)}.items():
+    for name, flags in {"b16": ("--batch-size", 16), "b16-lr2e-3": ("--batch-size", 16, "--lr", 2e-3),
+                        "b16-lr2e-3-ema": ("--batch-size", 16, "--lr", 2e-3, "--ema", 0.98), "lr3e-4": ("--lr", 3e-4),
+                        "drop.5": ("--p-drop", 0.5), "frozen": ("--freeze-embeddings",)}.items():
         yield attack("classes/cls1-seed0/sfron", name, *flags, part="strength")
     for method, steps in (("salun", (50, 500)), ("dimum", (50, 500))):         # 200 and 150 are among the classes
         for n in steps:
