@@ -346,9 +346,11 @@ def demo(device):
         run_stage("attack.py", out, "--steps", 100, "--every", 100, "--samples", 60, "--out", attacked)
         models.update({method: out / "model.pt", f"{method}, attacked": attacked / "model.pt"})
     names = load_checkpoint(shipped)[1]["names"]
-    y = torch.tensor([[1, style] for style in range(len(names[1])) for _ in range(2)])
+    styles = [style for style in range(len(names[1])) for _ in range(2)]
+    y = torch.tensor([[1, style] for style in styles])
     pictures = [sample(load_checkpoint(path, device)[0], y, steps=20) for path in models.values()]
-    save_grid(torch.cat(pictures), folder / "demo.png", columns=len(y), rows=list(models), heads=names[1])
+    save_grid(torch.cat(pictures), folder / "demo.png", columns=len(y), rows=list(models),
+              heads=[names[1][style] for style in styles])
     for method in ("ga", "dimum"):
         curve = json.loads((folder / f"{method}-attacked" / "result.json").read_text())["curve"]
         print(f"{method:>6}: AR {100 * curve[0]['ar']:.0f} % -> {100 * curve[-1]['ar']:.0f} % after "
