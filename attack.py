@@ -39,7 +39,9 @@ from model import (COLORS, FACTORS, Parser, fail, fingerprint, forgotten_values,
 from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
                         having, load_data, read_image, train_step)
 
-# cifar10: our reading of the paper's setting; small: found on shapes. every: steps between points of the curve.
+# cifar10: our reading of the paper's setting. small: the strongest found on shapes, class 1, against SFRon. AR was 78 %
+# after 300 steps; with batch 16 it was 25 %, and with lr 2e-3 besides 22 %, with or without an average of the weights,
+# after 50 % at step 75. every: steps between points of the curve.
 DEFAULTS = {"cifar10": dict(steps=5000, batch_size=128, lr=1e-4, every=500),
             "small": dict(steps=300, batch_size=32, lr=1e-3, every=75)}
 

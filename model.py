@@ -644,7 +644,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 
 def save_plot(path, series, title, xlabel, ylabel, y_range=None):
     """A PNG line plot. series: {name: (xs, ys)} or {name: (xs, ys, lows, highs)} with a shaded band."""
-    wide, high, left, right, top, bottom = 760, 420, 64, 180, 34, 48
+    high, left, right, top, bottom = 420, 64, max(180, 44 + 6 * max(map(len, series))), 34, 48      # right: the names
+    wide = 580 + right
     points = [v for s in series.values() for ys in s[1:] for v in ys if v is not None]
     xs = [x for s in series.values() for x in s[0]]
     lo, hi = y_range or (min(points + [0]), max(points + [1e-9]) * 1.05)
@@ -669,7 +670,7 @@ def save_plot(path, series, title, xlabel, ylabel, y_range=None):
         for px, py in line:
             draw.ellipse([px - 2, py - 2, px + 2, py + 2], fill=color)
         draw.line([(wide - right + 10, top + 8 + 16 * i), (wide - right + 28, top + 8 + 16 * i)], fill=color, width=3)
-        draw.text((wide - right + 33, top + 2 + 16 * i), name[:22], fill="black")
+        draw.text((wide - right + 33, top + 2 + 16 * i), name, fill="black")
     draw.text((left, 8), title, fill="black")
     draw.text((left + (wide - left - right) // 2 - 20, high - 20), xlabel, fill="black")
     draw.text((6, top - 18), ylabel, fill="black")
