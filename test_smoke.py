@@ -764,7 +764,7 @@ def test_inverters_look_for_the_forgotten_images_and_the_network_is_taught_the_a
     unlearn.move_inverters(net, task)
     assert torch.equal(weights(net), before) and all(p.grad is None for p in net.parameters())
     assert torch.allclose((rows - first).abs(), torch.tensor(unlearn.INVERTER_RATE), atol=1e-5)      # Adam's first step
-    task.step = 30                                     # the second one starts anew, the first goes on
+    task.step = unlearn.INVERTER_LIFE // 2             # the second one starts anew, the first goes on
     unlearn.move_inverters(net, task)
     assert (rows[0] - first[0]).abs().max() < 0.11 < (rows[1] - first[1]).abs().max()
     moments = task.inverter_steps.state[rows]["exp_avg"]
