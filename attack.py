@@ -342,11 +342,12 @@ def demo(device):
     started, folder = time.time(), run_folder(None, Path("runs", "demo"))
     shipped = Path(__file__).parent / "assets" / "shapes.pt"
     models = {"before": shipped}
-    quick = ("--batch-size", 16, "--samples", 60)
-    for method in ("ga", "dimum"):
+    quick = ("--samples", 60, "--sampler-steps", 10)
+    for method, batch in (("ga", 32), ("dimum", 16)):          # ga with 16 leaves some squares
         out, attacked = folder / method, folder / f"{method}-attacked"
-        run_stage("unlearn.py", "--method", method, "--cls", 1, "--ckpt", shipped, "--steps", 100, *quick, "--out", out)
-        run_stage("attack.py", out, "--steps", 75, "--every", 75, *quick, "--out", attacked)
+        run_stage("unlearn.py", "--method", method, "--cls", 1, "--ckpt", shipped, "--steps", 100, "--batch-size", batch,
+                  *quick, "--out", out)
+        run_stage("attack.py", out, "--steps", 75, "--every", 75, "--batch-size", 16, *quick, "--out", attacked)
         models.update({method: out / "model.pt", f"{method}, attacked": attacked / "model.pt"})
     names = load_checkpoint(shipped)[1]["names"]
     styles = [style for style in range(len(names[1])) for _ in range(2)]
