@@ -1404,7 +1404,7 @@ def values_for(action):
         return [(v, True) for v in ("x", "", "nan", "inf", "1e999", low - 1)] + over + [(low, False), (max(1, low), False)]
     if action.choices:
         return [("nonsense", True), ("", True), *((choice, False) for choice in list(action.choices)[:2])]
-    return [(v, False) for v in ("", ".", "nowhere/at/all", "tiny.pt", "-1", "²")]
+    return [(v, False) for v in ("", ".", "nowhere/at/all", "tiny.pt", "-1", "1", "99", "²", "a b")]
 
 
 @pytest.mark.parametrize("module", BASES, ids=lambda m: m.__name__)
