@@ -211,12 +211,9 @@ def group_runs(results):
     groups = {}
     for r, a in pairs + [(None, a) for a in attacks]:
         some = r or a
-        key = {"dataset": some["dataset"], "factor": some["forget"]["factor"], "method": some["method"]}
-        if r:
-            flat = {**r["args"], **r, "alternative": r["args"].get("alternative")}
-            key.update({k: flat.get(k) for k in UNLEARN_SETTINGS})
-        elif a.get("unlearned"):
-            key.update({k: a["unlearned"].get(k) for k in UNLEARN_SETTINGS})
+        made = some.get("unlearned") or {}         # the settings that made the model
+        key = {"dataset": some["dataset"], "factor": some["forget"]["factor"], "method": some["method"],
+               **{k: made.get(k) for k in UNLEARN_SETTINGS}}
         if a:
             key.update({f"attack {k}": a.get(k) for k in ATTACK_SETTINGS})
         groups.setdefault(json.dumps(key), (key, []))[1].append((r, a))
@@ -367,66 +364,79 @@ def study_plan():
     """Yield (run folder, script, arguments) of every run of the study; "{}/" stands for the study's own folder. The
     first part of a run folder is the question: does it come back (classes, style, data, fashion), how fast (strength),
     DiMUM's own choices (choices), attackers who have images of what was forgotten (beyond)."""
-    main = ("ga", "salun", "sfron", "swap", "dimum")
-
-    def unlearn(run, method, flag, value, *more, seed=0):
-        return run, "unlearn.py", ("--method", method, f"--{flag}", value, "--seed", seed, "--samples", 150, *more)
-
-    def attack(run, name, *more, seed=0, part=None):
-        out = f"{part}/{run.partition('/')[2]}" if part else run
-        return f"{out}-{name}", "attack.py", ("{}/" + run, "--seed", seed, *more)
+    converging = ("salun", "sfron", "swap", "dimum")
+    main = ("ga", *converging)
 
     # Three classes and three seeds, but not all nine pairs, which two cores cannot carry; DiMUM on five classes.
-    for flag, value, seed, methods in (("cls", 1, 0, (*main, "retrain", "rl", "esd", "sa", "finetune")),
-                                       ("cls", 4, 0, main), ("cls", 1, 1, main), ("cls", 7, 0, main),
-                                       ("cls", 1, 2, main), ("style", 3, 0, main), ("style", 3, 1, main[1:]),
-                                       ("style", 3, 2, main[1:]), ("cls", 2, 0, ("dimum",)), ("cls", 9, 0, ("dimum",)),
-                                       ("cls", 4, 0, ("retrain",))):
+    for factor, value, seed, methods in (("cls", 1, 0, (*main, "inverters4", "retrain", "rl", "esd", "sa", "finetune")),
+                                         ("cls", 4, 0, (*main, "inverters4")), ("cls", 1, 1, main), ("cls", 7, 0, main),
+                                         ("cls", 1, 2, main), ("style", 3, 0, main), ("style", 3, 1, converging),
+                                         ("style", 3, 2, converging), ("cls", 2, 0, ["dimum"]),
+                                         ("cls", 9, 0, ["dimum"]), ("cls", 4, 0, ["retrain"])):
+        what = f"{factor}{value}-seed{seed}"
         for method in methods:
-            run = f"{'classes' if flag == 'cls' else 'style'}/{flag}{value}-seed{seed}/{method}"
-            follow = ("--eval-every", 40) if (value, seed) == (1, 0) and method in main and method != "swap" else ()
-            yield unlearn(run, method, flag, value, *follow, seed=seed)
-            yield attack(run, "retain", seed=seed)
-            if (value, seed) == (4, 0) and method in main:
-                yield attack(run, "heldout", "--aux", "heldout", part="data")
-                yield attack(run, "generated", "--aux", "generated", part="data")
-        if (flag, value, seed) == ("cls", 1, 0):
-            yield from study_of_one(unlearn, attack)
+            run = f"{'classes' if factor == 'cls' else 'style'}/{what}/{method}"
+            watched = what == "cls1-seed0" and method in main and method != "swap"
+            yield unlearn_run(run, method, factor, value, *(("--eval-every", 40) if watched else ()), seed=seed)
+            yield attack_run(run, "retain", seed=seed)
+            if what == "cls4-seed0" and method in main:
+                for aux in ("heldout", "generated"):
+                    yield attack_run(run, aux, "--aux", aux, part="data")
+        if len(methods) > 1 and what in ("cls1-seed0", "cls4-seed0"):
+            yield from beyond_the_paper(what, ("inverters4", "dimum", "swap", "salun"))
+        if "retrain" in methods:
+            yield from beyond_the_paper(what, ["retrain"])
+        if what == "cls1-seed0":
+            yield from study_of_one()
     yield "fashion/pretrain", "train_ddpm.py", ("--dataset", "fashion")
     for value in (1, 8):
-        for method in main[1:]:
+        for method in converging:
             run = f"fashion/cls{value}-seed0/{method}"
-            yield unlearn(run, method, "cls", value, "--dataset", "fashion", "--ckpt", "{}/fashion/pretrain/model.pt")
-            yield attack(run, "retain")
+            yield unlearn_run(run, method, "cls", value, "--dataset", "fashion", "--ckpt",
+                              "{}/fashion/pretrain/model.pt")
+            yield attack_run(run, "retain")
 
 
-def study_of_one(unlearn, attack):
-    """The questions that are asked of one class and one seed."""
-    yield unlearn("choices/inverters4", "dimum", "cls", 1, "--inverters", 4, "--steps", 300)
-    yield attack("choices/inverters4", "retain")
+def unlearn_run(run, method, factor, value, *more, seed=0):
+    """A run of the plan; inverters4 is DiMUM with four of them."""
+    method, *flags = ("dimum", "--inverters", 4, "--steps", 300) if method == "inverters4" else (method,)
+    return run, "unlearn.py", ("--method", method, f"--{factor}", value, "--seed", seed, "--samples", 150, *flags, *more)
+
+
+def attack_run(run, name, *more, seed=0, part=None):
+    """The plan's attack on a run, beside it or under another part of the study."""
+    out = f"{part}/{run.partition('/')[2]}" if part else run
+    return f"{out}-{name}", "attack.py", ("{}/" + run, "--seed", seed, *more)
+
+
+def beyond_the_paper(what, methods):
+    """Attackers who have k images: they learn the forgotten label's embedding (invert), or everything (few)."""
     invert = ("--only-embedding", "--lr", 0.05, "--batch-size", 16)
-    for run in ("choices/inverters4", *(f"classes/cls1-seed0/{m}" for m in ("dimum", "swap", "salun", "retrain"))):
-        for k in (10, 1):
+    for method in methods:
+        run = f"classes/{what}/{method}"
+        for k in (10, 1) if what == "cls1-seed0" else (10,):
             for name, flags in (("invert", invert), ("few", ())):
-                yield attack(run, f"{name}{k}", "--aux", f"fewshot:{k}", "--steps", 200, "--every", 40, *flags,
+                yield attack_run(run, f"{name}{k}", "--aux", f"fewshot:{k}", "--steps", 200, "--every", 40, *flags,
+                                 part="beyond")
+        if method in ("inverters4", "retrain"):
+            yield attack_run(run, "invert100", "--aux", "fewshot:100", "--steps", 400, "--every", 80, *invert,
                              part="beyond")
-        if "inverters" in run or "retrain" in run:
-            yield attack(run, "invert100", "--aux", "fewshot:100", "--steps", 400, "--every", 80, *invert,
-                         part="beyond")
+
+
+def study_of_one():
+    """The questions that are asked of one class and one seed: the attacker's settings, how far the unlearning went, and
+    DiMUM's choices."""
     for name, flags in {"b16": ("--batch-size", 16), "b16-lr2e-3": ("--batch-size", 16, "--lr", 2e-3),
                         "b16-lr2e-3-ema": ("--batch-size", 16, "--lr", 2e-3, "--ema", 0.98), "lr3e-4": ("--lr", 3e-4),
                         "drop.5": ("--p-drop", 0.5), "frozen": ("--freeze-embeddings",)}.items():
-        yield attack("classes/cls1-seed0/sfron", name, *flags, part="strength")
-    for method, steps in (("salun", (50, 500)), ("dimum", (50, 500))):         # 200 and 150 are among the classes
-        for n in steps:
-            run = f"strength/{method}-{n}"
-            yield unlearn(run, method, "cls", 1, "--steps", n)
-            yield attack(run, "retain")
-    for name, flags in {"mix": ("--alternative", "mix"), "noise": ("--alternative", "noise"),
-                        "one": ("--alt-size", 1), "lambda.3": ("--lambda", 0.3), "lambda3": ("--lambda", 3),
-                        "embedding10": ("--embedding-lr", 10)}.items():
-        yield unlearn(f"choices/{name}", "dimum", "cls", 1, *flags)
-        yield attack(f"choices/{name}", "retain")
+        yield attack_run("classes/cls1-seed0/sfron", name, *flags, part="strength")
+    runs = {f"strength/{method}-{n}": (method, "--steps", n) for method in ("salun", "dimum") for n in (50, 500)}
+    runs.update({f"choices/{name}": ("dimum", *flags) for name, flags in {
+        "mix": ("--alternative", "mix"), "noise": ("--alternative", "noise"), "one": ("--alt-size", 1),
+        "lambda.3": ("--lambda", 0.3), "lambda3": ("--lambda", 3), "embedding10": ("--embedding-lr", 10)}.items()})
+    for run, (method, *flags) in runs.items():
+        yield unlearn_run(run, method, "cls", 1, *flags)
+        yield attack_run(run, "retain")
 
 
 def study(folder):
@@ -578,7 +588,7 @@ def main():
         "aux": aux_name,
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
         "before": before, "after": after, "curve": curve, "weights": weights, "ckpt": settings["ckpt"],
-        "unlearned": {k: info["made_by"].get(k) for k in UNLEARN_SETTINGS} if method != "original" else None,
+        "unlearned": info["made_by"] if method != "original" else None,
         "first_step_above_half": next((p["step"] for p in curve if p["ar"] > 0.5), None),
         "protocol": protocol(dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance, 1234,
                              args.seed), "args": vars(args), **opts, "seconds": round(time.time() - started, 1)})
@@ -588,7 +598,7 @@ def main():
     print(f"({curve[-1]['step']} attack steps; {after['ua_samples']} + {after['ira_samples']} samples a point, "
           f"{args.sampler_steps} DDIM steps, guidance {args.guidance:g}; 95 % intervals)\n"
           f"wrote {folder}/result.json, curve.png and samples.png in {time.time() - started:.0f} seconds\n"
-          f"next: python attack.py --table runs/{dataset}")
+          f"next: python attack.py --table {folder.parent}")
 
 
 if __name__ == "__main__":

@@ -585,7 +585,7 @@ def main():
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
         "all_forgotten": forgotten, "before": before, "after": after, "curve": curve, "ckpt": str(path),
         "model": fingerprint(model)[:12],
-        "alternative": alternative if args.method == "dimum" else None,
+        "alternative": alternative if args.method == "dimum" else None, "unlearned": made_by,
         "protocol": protocol(args.dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance,
                              1234, args.seed),
         "args": vars(args), **opts, "train_seconds": loop.data["seconds"],
