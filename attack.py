@@ -257,7 +257,7 @@ def make_table(folder):
     mean = lambda values, form: form.format(sum(values) / len(values)) if values and None not in values else "-"
     head = ("method", "forgets", "runs", "seconds", "UA", "IRA", "CRA", "FID before", "FID after", "attack", "AR",
             "peak", "IRA after", "half at", "irreversibility")
-    lines, series = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], {}
+    rows, series = [], {}
     for key, runs in groups:
         unlearned, attacks = [r for r, _ in runs if r], [a for _, a in runs if a]
         label = " ".join([key["method"], *differing(key, "", "dataset", "factor", "method")])
@@ -279,7 +279,10 @@ def make_table(folder):
                     str(next((step for step, ar in zip(*curve[:2]) if ar > 0.5), "-")),
                     "-" if value is None else f"{value:.2f}"]
             series.setdefault((key["dataset"], key["factor"], what), {})[label] = curve
-        lines.append("| " + " | ".join(row + ["-"] * (len(head) - len(row))) + " |")
+        rows.append(row + ["-"] * (len(head) - len(row)))
+    shown = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
+    lines = ["| " + " | ".join(row[i] for i in shown) + " |" for row in [head, *rows]]
+    lines.insert(1, "|" + "---|" * len(shown))
     some = groups[0][1][0][0] or groups[0][1][0][1]
     notes = some["protocol"]
     lines += ["", f"Shares in %: mean, (lowest..highest run), [95 % Wilson interval of all samples]. Dataset "
