@@ -403,7 +403,8 @@ def study_plan():
 def unlearn_run(run, method, factor, value, *more, seed=0):
     """A run of the plan; inverters4 is DiMUM with four of them."""
     method, *flags = ("dimum", "--inverters", 4, "--steps", 300) if method == "inverters4" else (method,)
-    return run, "unlearn.py", ("--method", method, f"--{factor}", value, "--seed", seed, "--samples", 150, *flags, *more)
+    return run, "unlearn.py", ("--method", method, f"--{factor}", value, "--seed", seed, "--samples", 150, *flags,
+                              *more)
 
 
 def attack_run(run, name, *more, seed=0, part=None):
@@ -471,7 +472,7 @@ def study_figures(folder):
     moved = {}
     for r in results:
         if r["stage"] == "attack" and r.get("weights"):
-            moved.setdefault(r["method"], []).append(r["weights"])
+            moved.setdefault(r["run_name"], []).append(r["weights"])
     if moved:
         save_weights(Path(folder, "weights.png"), moved)
 

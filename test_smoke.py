@@ -953,7 +953,8 @@ def test_the_study_runs_what_is_missing_and_resumes_what_is_half_done(monkeypatc
     result_file("s/q1/a/gone", "unlearn")
     result_file("s/classes/x", "unlearn", model="x", curve=[{"step": s, "fid": 30.0 + s} for s in (0, 100)])
     part = {"unlearn": 0.5, "attack": 0.1, "cosine": -1.0}
-    result_file("s/classes/y", "attack", weights={"down layers": part, "up layers": {**part, "cosine": None}})
+    parts = {"down layers": part, "up layers": {**part, "cosine": None}}
+    result_file("s/classes/y", "attack", run_name="salun", weights=parts)
     Path("s/q1/b/salun").mkdir(parents=True)
     Path("s/q1/b/salun/train.pt").touch()
     run(attack, "--study", "s")
