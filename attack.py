@@ -413,18 +413,21 @@ def attack_run(run, name, *more, seed=0, part=None):
     return f"{out}-{name}", "attack.py", ("{}/" + run, "--seed", seed, *more)
 
 
+def invert(run, k, steps=200):
+    """The attack that learns nothing but the forgotten label's embedding, from k images."""
+    return attack_run(run, f"invert{k}", "--aux", f"fewshot:{k}", "--only-embedding", "--lr", 0.05, "--batch-size", 16,
+                      "--steps", steps, "--every", steps // 5, part="beyond")
+
+
 def beyond_the_paper(what, methods):
     """Attackers who have k images: they learn the forgotten label's embedding (invert), or everything (few)."""
-    invert = ("--only-embedding", "--lr", 0.05, "--batch-size", 16)
     for method in methods:
         run = f"classes/{what}/{method}"
         for k in (10, 1) if what == "cls1-seed0" else (10,):
-            for name, flags in (("invert", invert), ("few", ())):
-                yield attack_run(run, f"{name}{k}", "--aux", f"fewshot:{k}", "--steps", 200, "--every", 40, *flags,
-                                 part="beyond")
+            yield invert(run, k)
+            yield attack_run(run, f"few{k}", "--aux", f"fewshot:{k}", "--steps", 200, "--every", 40, part="beyond")
         if method in ("inverters4", "retrain"):
-            yield attack_run(run, "invert100", "--aux", "fewshot:100", "--steps", 400, "--every", 80, *invert,
-                             part="beyond")
+            yield invert(run, 100, steps=400)
 
 
 def study_of_one():
@@ -434,13 +437,15 @@ def study_of_one():
                         "b16-lr2e-3-ema": ("--batch-size", 16, "--lr", 2e-3, "--ema", 0.98), "lr3e-4": ("--lr", 3e-4),
                         "drop.5": ("--p-drop", 0.5), "frozen": ("--freeze-embeddings",)}.items():
         yield attack_run("classes/cls1-seed0/sfron", name, *flags, part="strength")
-    runs = {f"strength/{method}-{n}": (method, "--steps", n) for method in ("salun", "dimum") for n in (50, 500)}
+    runs = {f"strength/{method}-{n}": (method, "--steps", n)
+            for method, steps in (("salun", (50, 500)), ("dimum", (50, 300, 500))) for n in steps}
     runs.update({f"choices/{name}": ("dimum", *flags) for name, flags in {
         "mix": ("--alternative", "mix"), "noise": ("--alternative", "noise"), "one": ("--alt-size", 1),
         "lambda.3": ("--lambda", 0.3), "lambda3": ("--lambda", 3), "embedding10": ("--embedding-lr", 10)}.items()})
     for run, (method, *flags) in runs.items():
         yield unlearn_run(run, method, "cls", 1, *flags)
         yield attack_run(run, "retain")
+    yield invert("strength/dimum-300", 10)         # as many steps as inverters4 has, without the inverters
 
 
 def study(folder):
