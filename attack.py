@@ -371,24 +371,26 @@ def study_plan():
     main = ("ga", *converging)
 
     # Three classes and three seeds, but not all nine pairs, which two cores cannot carry; DiMUM on five classes.
-    for factor, value, seed, methods in (("cls", 1, 0, (*main, "inverters4", "retrain", "rl", "esd", "sa", "finetune")),
-                                         ("cls", 4, 0, (*main, "inverters4")), ("cls", 1, 1, main), ("cls", 7, 0, main),
-                                         ("cls", 1, 2, main), ("style", 3, 0, main), ("style", 3, 1, converging),
-                                         ("style", 3, 2, converging), ("cls", 2, 0, ["dimum"]),
-                                         ("cls", 9, 0, ["dimum"]), ("cls", 4, 0, ["retrain"])):
+    models = [
+        ("cls", 1, 0, (*main, "inverters4", "retrain", "rl", "esd", "sa", "finetune")),
+        ("cls", 4, 0, (*main, "inverters4")), ("cls", 1, 1, main), ("cls", 7, 0, main), ("cls", 1, 2, main),
+        ("style", 3, 0, (*main, "inverters4")), ("style", 3, 1, converging), ("style", 3, 2, converging),
+        ("cls", 2, 0, ["dimum"]), ("cls", 9, 0, ["dimum"]), ("cls", 4, 0, ["retrain"])]
+    for factor, value, seed, methods in models:
+        part = {"cls": "classes", "style": "style"}[factor]
         what = f"{factor}{value}-seed{seed}"
         for method in methods:
-            run = f"{'classes' if factor == 'cls' else 'style'}/{what}/{method}"
+            run = f"{part}/{what}/{method}"
             watched = what == "cls1-seed0" and method in main and method != "swap"
             yield unlearn_run(run, method, factor, value, *(("--eval-every", 40) if watched else ()), seed=seed)
             yield attack_run(run, "retain", seed=seed)
             if what == "cls4-seed0" and method in main:
                 for aux in ("heldout", "generated"):
                     yield attack_run(run, aux, "--aux", aux, part="data")
-        if len(methods) > 1 and what in ("cls1-seed0", "cls4-seed0"):
-            yield from beyond_the_paper(what, ("inverters4", "dimum", "swap", "salun"))
+        if "inverters4" in methods:
+            yield from beyond_the_paper(f"{part}/{what}", ("inverters4", "dimum", "swap", "salun"))
         if "retrain" in methods:
-            yield from beyond_the_paper(what, ["retrain"])
+            yield from beyond_the_paper(f"{part}/{what}", ["retrain"])
         if what == "cls1-seed0":
             yield from study_of_one()
     yield "fashion/pretrain", "train_ddpm.py", ("--dataset", "fashion")
@@ -419,11 +421,11 @@ def invert(run, k, steps=200):
                       "--steps", steps, "--every", steps // 5, part="beyond")
 
 
-def beyond_the_paper(what, methods):
+def beyond_the_paper(folder, methods):
     """Attackers who have k images: they learn the forgotten label's embedding (invert), or everything (few)."""
     for method in methods:
-        run = f"classes/{what}/{method}"
-        for k in (10, 1) if what == "cls1-seed0" else (10,):
+        run = f"{folder}/{method}"
+        for k in (10, 1) if folder == "classes/cls1-seed0" else (10,):
             yield invert(run, k)
             yield attack_run(run, f"few{k}", "--aux", f"fewshot:{k}", "--steps", 200, "--every", 40, part="beyond")
         if method in ("inverters4", "retrain"):
