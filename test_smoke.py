@@ -789,6 +789,21 @@ def test_at_an_inverters_place_the_network_is_taught_what_the_nearest_label_draw
         assert all(tuple(x.flatten().tolist()) in pool for x in M.to_uint8(drawn))
 
 
+def test_inverters_know_what_replaced_each_value_and_what_was_forgotten_earlier():
+    x, y = tiny_data()
+    task = unlearn.Task(x, y, NAMES, 0, [1], 8, 1.0, earlier={0: [3], 1: [2]})
+    sets = [unlearn.alternative_data("class:2", None, *task.retain_set, NAMES, 0, [1, 3]),
+            unlearn.alternative_data("class:0", None, *task.retain_set, NAMES, 1, [2])]
+    task.alternative_set, task.n_inverters = [torch.cat(part) for part in zip(*sets)], 1
+    unlearn.prepare_dimum(tiny(), task)
+    pool = {tuple(x.flatten().tolist()) for x in task.retain_set[0][task.retain_set[1][:, 0] == 2]}
+    assert task.images_of.keys() == {0, 1, 2, 3}
+    for value in (1, 3):
+        images, labels = task.images_of[value]
+        assert set(map(tuple, labels.tolist())) == {(value, 0), (value, 1)}        # of the style's alternatives none
+        assert len(images) and all(tuple(x.flatten().tolist()) in pool for x in images)
+
+
 def test_swap_copies_one_embedding_row_and_touches_nothing_else():
     net, task = tiny(), make_task()
     before = {k: v.clone() for k, v in net.state_dict().items()}

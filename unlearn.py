@@ -234,16 +234,15 @@ INVERTER_RATE, INVERTER_LIFE, INVERTER_NOISE = 0.05, 150, 0.3
 
 def prepare_dimum(model, task):
     """The label embeddings of the inverters, task.n_inverters for each forgotten value (none in the paper's DiMUM), and
-    the images of every value of the factor, those of the alternative for a forgotten one."""
+    the images of every value of the factor, those of the alternative for a value that was forgotten now or earlier."""
     if task.n_inverters:
         rows = model.label_embs[task.factor].weight[task.values].detach().repeat_interleave(task.n_inverters, 0)
         rows = rows + INVERTER_NOISE * torch.randn_like(rows)
         task.inverters = torch.nn.Embedding.from_pretrained(rows, freeze=False)
         task.inverter_steps = torch.optim.Adam(task.inverters.parameters(), INVERTER_RATE, betas=(0.9, 0.99))
-        images, y = task.retain_set
-        task.images_of = {v: (images[y[:, task.factor] == v], y[y[:, task.factor] == v])
-                          for v in y[:, task.factor].unique().tolist()}
-        task.images_of.update({v: task.alternative_set for v in task.values})
+        images, y = (torch.cat(part) for part in zip(task.retain_set, task.alternative_set))
+        values = y[:, task.factor]
+        task.images_of = {v: (images[values == v], y[values == v]) for v in values.unique().tolist()}
 
 
 def inverted_loss(model, task, rows, row, x0, y):
