@@ -434,19 +434,20 @@ def beyond_the_paper(folder, methods):
 
 
 def study_of_one():
-    """The questions that are asked of one class and one seed: the attacker's settings, how far the unlearning went, and
-    DiMUM's choices."""
+    """The questions that are asked of one class and one seed: the attacker's settings, how far the unlearning went (also
+    of the class that DiMUM held worst of five), and DiMUM's choices."""
     for name, flags in {"b16": ("--batch-size", 16), "b16-lr2e-3": ("--batch-size", 16, "--lr", 2e-3),
                         "b16-lr2e-3-ema": ("--batch-size", 16, "--lr", 2e-3, "--ema", 0.98), "lr3e-4": ("--lr", 3e-4),
                         "drop.5": ("--p-drop", 0.5), "frozen": ("--freeze-embeddings",)}.items():
         yield attack_run("classes/cls1-seed0/sfron", name, *flags, part="strength")
-    runs = {f"strength/{method}-{n}": (method, "--steps", n)
+    runs = {f"strength/{method}-{n}": (method, 1, "--steps", n)
             for method, steps in (("salun", (50, 500)), ("dimum", (50, 300, 500))) for n in steps}
-    runs.update({f"choices/{name}": ("dimum", *flags) for name, flags in {
+    runs["strength/cls9-dimum-300"] = ("dimum", 9, "--steps", 300)
+    runs.update({f"choices/{name}": ("dimum", 1, *flags) for name, flags in {
         "mix": ("--alternative", "mix"), "noise": ("--alternative", "noise"), "one": ("--alt-size", 1),
         "lambda.3": ("--lambda", 0.3), "lambda3": ("--lambda", 3), "embedding10": ("--embedding-lr", 10)}.items()})
-    for run, (method, *flags) in runs.items():
-        yield unlearn_run(run, method, "cls", 1, *flags)
+    for run, (method, value, *flags) in runs.items():
+        yield unlearn_run(run, method, "cls", value, *flags)
         yield attack_run(run, "retain")
     yield invert("strength/dimum-300", 10)         # as many steps as inverters4 has, without the inverters
 
