@@ -434,8 +434,8 @@ def beyond_the_paper(folder, methods):
 
 
 def study_of_one():
-    """The questions that are asked of one class and one seed: the attacker's settings, how far the unlearning went (also
-    of the class that DiMUM held worst of five), and DiMUM's choices."""
+    """What is asked of one class and one seed: the attacker's settings, how far the unlearning went (also of the class
+    that DiMUM held worst of five), and DiMUM's choices."""
     for name, flags in {"b16": ("--batch-size", 16), "b16-lr2e-3": ("--batch-size", 16, "--lr", 2e-3),
                         "b16-lr2e-3-ema": ("--batch-size", 16, "--lr", 2e-3, "--ema", 0.98), "lr3e-4": ("--lr", 3e-4),
                         "drop.5": ("--p-drop", 0.5), "frozen": ("--freeze-embeddings",)}.items():
