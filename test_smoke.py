@@ -875,6 +875,8 @@ def test_inverting_the_embedding_moves_the_forgotten_row_alone(small_shapes):
     changed = {k: (before[k] != after[k]) for k in before if not torch.equal(before[k], after[k])}
     assert changed.keys() == {"label_embs.0.weight"}
     assert changed["label_embs.0.weight"].any(1).tolist() == [v == 1 for v in range(11)]
+    moved = (after["label_embs.0.weight"] - before["label_embs.0.weight"]).abs().max()
+    assert 0.05 < moved < 0.11                         # two steps of Adam at this attack's own rate
     run(attack, "runs/shapes/swap-cls1", "--freeze-embeddings", *QUICK)
     after = M.load_checkpoint("runs/shapes/attack-swap-cls1-retain-freeze-embeddings/model.pt")[0].state_dict()
     assert {k.startswith("label_embs") for k in before if torch.equal(before[k], after[k])} == {True}
