@@ -345,17 +345,17 @@ def demo(device):
     shipped = Path(__file__).parent / "assets" / "shapes.pt"
     models = {"before": shipped}
     quick = ("--samples", 60, "--sampler-steps", 10)
-    settings = {"ga": ("--steps", 70, "--batch-size", 24, "--lambda", 1),        # a lambda of 0.6 takes twice as long
+    settings = {"ga": ("--steps", 70, "--batch-size", 20, "--lambda", 1),        # a lambda of 0.6 takes twice as long
                 "dimum": ("--steps", 100, "--batch-size", 16)}
     for method, flags in settings.items():
         out, attacked = folder / method, folder / f"{method}-attacked"
         run_stage("unlearn.py", "--method", method, "--cls", 1, "--ckpt", shipped, *flags, *quick, "--out", out)
-        run_stage("attack.py", out, "--steps", 75, "--every", 75, "--batch-size", 16, *quick, "--out", attacked)
+        run_stage("attack.py", out, "--steps", 50, "--every", 50, "--batch-size", 16, *quick, "--out", attacked)
         models.update({method: out / "model.pt", f"{method}, attacked": attacked / "model.pt"})
     names = load_checkpoint(shipped)[1]["names"]
     styles = [style for style in range(len(names[1])) for _ in range(2)]
     y = torch.tensor([[1, style] for style in styles])
-    pictures = [sample(load_checkpoint(path, device)[0], y, steps=20) for path in models.values()]
+    pictures = [sample(load_checkpoint(path, device)[0], y, steps=10) for path in models.values()]
     save_grid(torch.cat(pictures), folder / "demo.png", columns=len(y), rows=list(models),
               heads=[names[1][style] for style in styles])
     for method in settings:
