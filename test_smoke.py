@@ -89,11 +89,13 @@ def tiny_data(n=240):
 NAMES = [["a", "b", "c", "d"], ["p", "q", "r"]]
 
 
+SMALLEST = M.UNetConfig(width=8, mult=(1, 1), groups=4, attention=())      # for images of 32 x 32
+
+
 def tiny_checkpoint(path, dataset="shapes", names=None, **info):
     """A checkpoint with the shapes dataset's labels and an untrained, very small network."""
     names = names or train_ddpm.label_names(dataset)
-    cfg = M.UNetConfig(classes=tuple(map(len, names)), width=8, mult=(1, 1), groups=4, attention=(),
-                       channels=1 if dataset == "fashion" else 3)
+    cfg = M.replace(SMALLEST, classes=tuple(map(len, names)), channels=1 if dataset == "fashion" else 3)
     M.save_checkpoint(path, filled(M.UNet(cfg)), {"dataset": dataset, "names": names, "forgotten": {},
                                           "made_by": {"stage": "pretrain"}, **info})
     return path
@@ -1436,7 +1438,7 @@ def test_no_flag_value_ends_in_a_traceback(module, small_shapes, monkeypatch, ca
     monkeypatch.setattr(attack, "demo", lambda device: None)
     monkeypatch.setattr(unlearn, "PREPARE", {})
     for preset in M.PRESETS:                           # or stage 1 trains the whole network sixty times
-        monkeypatch.setitem(M.PRESETS, preset, M.UNetConfig(width=8, mult=(1, 1), groups=4, attention=()))
+        monkeypatch.setitem(M.PRESETS, preset, SMALLEST)
     monkeypatch.setattr(M, "T", 20)                    # or --sampler ddpm takes its 1,000 steps
     count = 0
     for action in actions(module, monkeypatch):
