@@ -160,6 +160,11 @@ def curve_point(step, metrics):
             **{k: metrics[k] for k in ("ira", "ira_low", "ira_high", "cra", "fid")}}
 
 
+def half_at(steps, ar):
+    """The first of these steps at which AR is above 50 %, or None."""
+    return next((step for step, share in zip(steps, ar) if share > 0.5), None)
+
+
 def columns(curve, *keys):
     """The lists of these values along a curve."""
     return tuple([point[k] for point in curve] for k in keys)
@@ -278,7 +283,7 @@ def make_table(folder):
             peak, at = max((ar, -step) for step, ar in zip(*curve[:2]))
             row += [what, f"{percentage(ends, 'ar')} [{100 * low:.0f}, {100 * high:.0f}]",
                     f"{100 * peak:.0f} at {-at}", percentage([a["after"] for a in attacks], "ira"),
-                    str(next((step for step, ar in zip(*curve[:2]) if ar > 0.5), "-")),
+                    "-" if (half := half_at(*curve[:2])) is None else str(half),
                     "-" if value is None else f"{value:.2f}"]
             series.setdefault((key["dataset"], key["factor"], what), {})[label] = curve
         rows.append(row + ["-"] * (len(head) - len(row)))
@@ -330,6 +335,9 @@ def save_weights(path, moved):
 
 # ---- the demonstration and the study ---------------------------------------------------------------------------
 
+SHIPPED = Path(__file__).parent / "assets" / "shapes.pt"
+
+
 def run_stage(script, *words):
     """One of the scripts with these arguments, as a user would start it; where it stops, so does this."""
     command = [str(word) for word in words]
@@ -342,14 +350,13 @@ def run_stage(script, *words):
 def demo(device):
     """GA and DiMUM on the shipped model, an attack on both, and one picture of squares before, between and after."""
     started, folder = time.time(), run_folder(None, Path("runs", "demo"))
-    shipped = Path(__file__).parent / "assets" / "shapes.pt"
-    models = {"before": shipped}
+    models = {"before": SHIPPED}
     quick = ("--samples", 60, "--sampler-steps", 10)
     settings = {"ga": ("--steps", 70, "--batch-size", 20, "--lambda", 1),        # a lambda of 0.6 takes twice as long
                 "dimum": ("--steps", 100, "--batch-size", 16)}
     for method, flags in settings.items():
         out, attacked = folder / method, folder / f"{method}-attacked"
-        run_stage("unlearn.py", "--method", method, "--cls", 1, "--ckpt", shipped, *flags, *quick, "--out", out)
+        run_stage("unlearn.py", "--method", method, "--cls", 1, "--ckpt", SHIPPED, *flags, *quick, "--out", out)
         run_stage("attack.py", out, "--steps", 50, "--every", 50, "--batch-size", 16, *quick, "--out", attacked)
         models.update({method: out / "model.pt", f"{method}, attacked": attacked / "model.pt"})
     names = load_checkpoint(shipped)[1]["names"]
@@ -375,11 +382,11 @@ def study_plan():
 
     # Three classes and three seeds, but not all nine pairs, which two cores cannot carry; DiMUM on five classes.
     models = [
-        ("cls", 1, 0, (*main, "dimum300", "inverters4", "retrain", "rl", "esd", "sa", "finetune")),
-        ("cls", 4, 0, (*main, "dimum300", "inverters4")), ("cls", 1, 1, main), ("cls", 7, 0, (*main, "dimum300")),
-        ("cls", 1, 2, main), ("style", 3, 0, (*main, "dimum300", "inverters4")), ("style", 3, 1, converging),
-        ("style", 3, 2, converging), ("cls", 2, 0, ("dimum", "dimum300")), ("cls", 9, 0, ("dimum", "dimum300")),
-        ("cls", 4, 0, ["retrain"])]
+        ("cls", 1, 0, (*main, "dimum150", "inverters4", "retrain", "rl", "esd", "sa", "finetune")),
+        ("cls", 4, 0, (*main, "dimum150", "inverters4")), ("cls", 1, 1, (*main, "dimum150")),
+        ("cls", 7, 0, (*main, "dimum150")), ("cls", 1, 2, (*main, "dimum150")),
+        ("style", 3, 0, (*main, "dimum150", "inverters4")), ("style", 3, 1, converging), ("style", 3, 2, converging),
+        ("cls", 2, 0, ("dimum", "dimum150")), ("cls", 9, 0, ("dimum", "dimum150")), ("cls", 4, 0, ["retrain"])]
     for factor, value, seed, methods in models:
         part = {"cls": "classes", "style": "style"}[factor]
         what = f"{factor}{value}-seed{seed}"
@@ -392,7 +399,7 @@ def study_plan():
                 for aux in ("heldout", "generated"):
                     yield attack_run(run, aux, "--aux", aux, part="data")
         if "inverters4" in methods:
-            yield from beyond_the_paper(f"{part}/{what}", ("inverters4", "dimum", "dimum300", "swap", "salun"))
+            yield from beyond_the_paper(f"{part}/{what}", ("inverters4", "dimum", "dimum150", "swap", "salun"))
         if "retrain" in methods:
             yield from beyond_the_paper(f"{part}/{what}", ["retrain"])
         if what == "cls1-seed0":
@@ -407,9 +414,9 @@ def study_plan():
 
 
 def unlearn_run(run, method, factor, value, *more, seed=0):
-    """A run of the plan. dimum had 150 steps, its default before the study; dimum300 has as many as inverters4."""
-    method, *flags = {"dimum": ("dimum", "--steps", 150), "dimum300": ("dimum", "--steps", 300),
-                      "inverters4": ("dimum", "--steps", 300, "--inverters", 4)}.get(method, (method,))
+    """A run of the plan. dimum150: with the steps that were the default before this study."""
+    method, *flags = {"dimum150": ("dimum", "--steps", 150),
+                      "inverters4": ("dimum", "--inverters", 4)}.get(method, (method,))
     return run, "unlearn.py", ("--method", method, f"--{factor}", value, "--seed", seed, "--samples", 150, *flags,
                               *more)
 
@@ -438,7 +445,11 @@ def beyond_the_paper(folder, methods):
 
 
 def study_of_one():
-    """What is asked of one class and seed: the attacker's settings, how far the unlearning went, DiMUM's choices."""
+    """What is asked of one class and seed: the ceiling, the attacker's settings, ten times as long an attack as the
+    unlearning, how far that went, DiMUM's choices."""
+    yield "classes/cls1-seed0/original-retain", "attack.py", (SHIPPED, "--cls", 1)
+    for method in ("salun", "rl"):
+        yield attack_run(f"classes/cls1-seed0/{method}", "2000-steps", "--steps", 2000, "--every", 200, part="strength")
     for name, flags in {"b16": ("--batch-size", 16), "b16-lr2e-3": ("--batch-size", 16, "--lr", 2e-3),
                         "b16-lr2e-3-ema": ("--batch-size", 16, "--lr", 2e-3, "--ema", 0.98), "lr3e-4": ("--lr", 3e-4),
                         "drop.5": ("--p-drop", 0.5), "frozen": ("--freeze-embeddings",)}.items():
@@ -461,7 +472,7 @@ def study(folder):
         left = f", {(time.time() - began) / n * (len(missing) - n) / 3600:.1f} hours left" if n else ""
         print(f"\nstudy: run {len(plan) - len(missing) + n + 1} of {len(plan)}{left}", flush=True)
         attacked = Path(str(words[0]).format(folder))
-        if script == "attack.py" and not (attacked / "model.pt").is_file():
+        if script == "attack.py" and not attacked.is_file() and not (attacked / "model.pt").is_file():
             print(f"skipped {out}: {attacked}/model.pt is gone; remove {attacked} to have it made again")
             continue
         resume = ["--resume"] if (out / "train.pt").is_file() else []
@@ -602,7 +613,7 @@ def main():
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
         "before": before, "after": after, "curve": curve, "weights": weights, "ckpt": settings["ckpt"],
         "unlearned": info["made_by"] if method != "original" else None,
-        "first_step_above_half": next((p["step"] for p in curve if p["ar"] > 0.5), None),
+        "first_step_above_half": half_at(*columns(curve, "step", "ar")),
         "protocol": protocol(dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance, 1234,
                              args.seed), "args": vars(args), **opts, "seconds": round(time.time() - started, 1)})
     (folder / "train.pt").unlink()                 # the run is whole: there is nothing to resume

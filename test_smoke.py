@@ -1437,6 +1437,7 @@ def test_no_flag_value_ends_in_a_traceback(module, small_shapes, monkeypatch, ca
     monkeypatch.setattr(attack, "study_plan", lambda: [])
     monkeypatch.setattr(attack, "demo", lambda device: None)
     monkeypatch.setattr(unlearn, "PREPARE", {})
+    monkeypatch.setattr(train_ddpm, "SAVE_SECONDS", 180)
     for preset in M.PRESETS:                           # or stage 1 trains the whole network sixty times
         monkeypatch.setitem(M.PRESETS, preset, SMALLEST)
     monkeypatch.setattr(M, "T", 20)                    # or --sampler ddpm takes its 1,000 steps

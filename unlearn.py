@@ -587,10 +587,10 @@ def main():
         "forget": {"factor": FACTORS[factor], "values": values, "names": [names[factor][v] for v in values]},
         "all_forgotten": forgotten, "before": before, "after": after, "curve": curve, "ckpt": str(path),
         "model": fingerprint(model)[:12],
-        "alternative": alternative if args.method == "dimum" else None, "unlearned": made_by,
+        "unlearned": made_by,
         "protocol": protocol(args.dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance,
                              1234, args.seed),
-        "args": vars(args), **opts, "train_seconds": loop.data["seconds"],
+        "args": vars(args), "train_seconds": loop.data["seconds"],
         "seconds": round(time.time() - started, 1)})
     (folder / "train.pt").unlink()                 # the run is whole: there is nothing to resume
     show(before, after)
