@@ -319,12 +319,13 @@ def save_weights(path, moved):
     draw = ImageDraw.Draw(canvas)
     draw.text((4, 2), "How far unlearning (blue) and the attack (orange) moved each part, relative to its length (bars "
               "on a root scale). cos -1: the attack takes the unlearning back.", fill="black")
+    for row, method in enumerate(moved):
+        draw.text((4, top + row * high + 10), method, fill="black")
     for i, part in enumerate(parts):
         x = left + i * wide
         draw.text((x, 18), part, fill="black")
-        for row, (method, runs) in enumerate(moved.items()):
+        for row, runs in enumerate(moved.values()):
             y = top + row * high
-            draw.text((4, y + 10), method, fill="black")
             for dy, name, color in ((4, "unlearn", COLORS[0]), (20, "attack", COLORS[1])):
                 value = mean(runs, part, name)
                 draw.rectangle([x, y + dy, x + 1 + 60 * (value / longest) ** 0.5, y + dy + 10], fill=color)
