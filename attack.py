@@ -349,7 +349,7 @@ def run_stage(script, *words):
 
 
 def demo(device):
-    """GA and DiMUM on the shipped model, an attack on both, and one picture of squares before, between and after."""
+    """GA and DiMUM on the SHIPPED model, an attack on both, and one picture of squares before, between and after."""
     started, folder = time.time(), run_folder(None, Path("runs", "demo"))
     models = {"before": SHIPPED}
     quick = ("--samples", 60, "--sampler-steps", 10)
@@ -360,7 +360,7 @@ def demo(device):
         run_stage("unlearn.py", "--method", method, "--cls", 1, "--ckpt", SHIPPED, *flags, *quick, "--out", out)
         run_stage("attack.py", out, "--steps", 50, "--every", 50, "--batch-size", 16, *quick, "--out", attacked)
         models.update({method: out / "model.pt", f"{method}, attacked": attacked / "model.pt"})
-    names = load_checkpoint(shipped)[1]["names"]
+    names = load_checkpoint(SHIPPED)[1]["names"]
     styles = [style for style in range(len(names[1])) for _ in range(2)]
     y = torch.tensor([[1, style] for style in styles])
     pictures = [sample(load_checkpoint(path, device)[0], y, steps=10) for path in models.values()]

@@ -42,7 +42,7 @@ DEFAULTS = {
         "retrain": dict(steps=800000, batch_size=128, lr=2e-4, weight=1.0),
     },
     "small": {
-        # dimum: after 150 steps UA is 100 %, but DiMRA brought back 15 % of class 9; after 300 steps 0 %.
+        # dimum: after 150 steps UA is 100 %, but DiMRA brought back up to 15 % of a class; after 300 none of five.
         "dimum": dict(steps=300, batch_size=32, lr=1e-3, weight=1.0),
         "salun": dict(steps=200, batch_size=32, lr=3e-4, weight=1e-3),
         # sfron: its retain steps bring a part back as the strength falls, and after 100 steps often most of it.
