@@ -349,7 +349,7 @@ def run_stage(script, *words):
 
 
 def demo(device):
-    """GA and DiMUM on the SHIPPED model, an attack on both, and one picture of squares before, between and after."""
+    """GA and DiMUM on the shipped model, an attack on both, and one picture of squares before, between and after."""
     started, folder = time.time(), run_folder(None, Path("runs", "demo"))
     models = {"before": SHIPPED}
     quick = ("--samples", 60, "--sampler-steps", 10)
