@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 
 from fid import (evaluate, load_classifier, percent, pick, protocol, reference_features, save_before_after,
                  wilson)
-from model import (COLORS, FACTORS, Parser, fail, fingerprint, forgotten_values, load_checkpoint,
+from model import (COLORS, FACTORS, Parser, fail, fingerprint, forgotten_values, load_checkpoint, model_file,
                    number, pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, to_uint8,
                    write_csv, write_file, write_json)
 from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
@@ -380,13 +380,13 @@ def study_plan():
     DiMUM's own choices (choices), attackers who have images of what was forgotten (beyond)."""
     converging = ("salun", "sfron", "swap", "dimum")
     main = ("ga", *converging)
+    usual = (*main, "dimum150")
 
     # Three classes and three seeds, but not all nine pairs, which two cores cannot carry; DiMUM on five classes.
     models = [
-        ("cls", 1, 0, (*main, "dimum150", "inverters4", "retrain", "rl", "esd", "sa", "finetune")),
-        ("cls", 4, 0, (*main, "dimum150", "inverters4")), ("cls", 1, 1, (*main, "dimum150")),
-        ("cls", 7, 0, (*main, "dimum150")), ("cls", 1, 2, (*main, "dimum150")),
-        ("style", 3, 0, (*main, "dimum150", "inverters4")), ("style", 3, 1, converging), ("style", 3, 2, converging),
+        ("cls", 1, 0, (*usual, "inverters4", "retrain", "rl", "esd", "sa", "finetune")),
+        ("cls", 4, 0, (*usual, "inverters4")), ("cls", 1, 1, usual), ("cls", 7, 0, usual), ("cls", 1, 2, usual),
+        ("style", 3, 0, (*usual, "inverters4")), ("style", 3, 1, converging), ("style", 3, 2, converging),
         ("cls", 2, 0, ("dimum", "dimum150")), ("cls", 9, 0, ("dimum", "dimum150")), ("cls", 4, 0, ["retrain"])]
     for factor, value, seed, methods in models:
         part = {"cls": "classes", "style": "style"}[factor]
@@ -466,18 +466,18 @@ def study_of_one():
 
 def study(folder):
     """Run what is missing of the study under a folder, then make its tables and figures."""
-    plan = [(Path(folder, name), script, words) for name, script, words in study_plan()]
+    plan = [(Path(folder, name), script, [str(word).replace("{}", str(folder)) for word in words])
+            for name, script, words in study_plan()]
     missing = [step for step in plan if not (step[0] / "result.json").is_file()]
     began = time.time()
     for n, (out, script, words) in enumerate(missing):
         left = f", {(time.time() - began) / n * (len(missing) - n) / 3600:.1f} hours left" if n else ""
         print(f"\nstudy: run {len(plan) - len(missing) + n + 1} of {len(plan)}{left}", flush=True)
-        attacked = Path(str(words[0]).format(folder))
-        if script == "attack.py" and not attacked.is_file() and not (attacked / "model.pt").is_file():
-            print(f"skipped {out}: {attacked}/model.pt is gone; remove {attacked} to have it made again")
+        if script == "attack.py" and not model_file(words[0]).is_file():
+            print(f"skipped {out}: {words[0]}/model.pt is gone; remove {words[0]} to have it made again")
             continue
         resume = ["--resume"] if (out / "train.pt").is_file() else []
-        run_stage(script, *(str(word).format(folder) for word in words), "--out", out, *resume)
+        run_stage(script, *words, "--out", out, *resume)
     study_figures(folder)
 
 
@@ -531,7 +531,7 @@ def main():
         fail("name what to attack, such as: python attack.py runs/shapes/dimum-cls1; see 'python attack.py --help'")
     started, device = time.time(), pick_device(args.device)
 
-    path = Path(args.run, "model.pt") if Path(args.run).is_dir() else Path(args.run)
+    path = model_file(args.run)
     model, info = load_checkpoint(path, device)
     dataset, names, gone = info["dataset"], info["names"], forgotten_values(info)
     if args.cls or args.style:

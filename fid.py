@@ -21,8 +21,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-from model import (FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, pick_device, read_file,
-                   run_folder, run_script, sample, save_grid, save_torch, to_uint8, write_json)
+from model import (FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, model_file, pick_device,
+                   read_file, run_folder, run_script, sample, save_grid, save_torch, to_uint8, write_json)
 from train_ddpm import (Loop, all_labels, common_flags, dataset_flag, find_images, get_batch, having, label_names,
                         learning_rate, load_data, same_data, show_labels)
 
@@ -370,9 +370,9 @@ def images_from(source, args, device):
         x, y, names = load_data(args.dataset, source, args.data_dir, size=args.image_size)
         x, y = balanced(x, y, max(1, args.samples // len(all_labels(names, 1))))
         return x, y, f"{args.dataset} {source} split"
-    if Path(source).is_dir() and not Path(source, "model.pt").is_file():
+    path = model_file(source)
+    if Path(source).is_dir() and not path.is_file():
         return read_folder(source), None, "folder"
-    path = Path(source, "model.pt") if Path(source).is_dir() else Path(source)
     model, info = load_checkpoint(path, device)
     if info["dataset"] != args.dataset:
         fail(f"{path} draws {info['dataset']}; add --dataset {info['dataset']}")

@@ -571,6 +571,11 @@ def read_file(path, kind):
     return data
 
 
+def model_file(run):
+    """The checkpoint in a run folder; any other path is a checkpoint's own."""
+    return Path(run, "model.pt") if Path(run).is_dir() else Path(run)
+
+
 def load_checkpoint(path, device="cpu"):
     """(model in eval mode and channels_last, info) from a file of save_checkpoint."""
     data = read_file(path, "unet")

@@ -372,7 +372,7 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(capsys):
 
 def test_a_folder_goes_through_all_stages_at_64_pixels_as_each_says(monkeypatch, capsys):
     make_folder("my art", ("Van Gogh", "Seed_Images"), ("Dogs", "Human Face", "Bears"), n=8)
-    monkeypatch.setitem(M.PRESETS, "small", M.UNetConfig(width=8, mult=(1, 1), groups=4, attention=()))
+    monkeypatch.setitem(M.PRESETS, "small", SMALLEST)
     data = ("--dataset", "folder", "--data-dir", "my art")
 
     def follow(*more):
@@ -1277,7 +1277,7 @@ def small_shapes(monkeypatch):
     draw = train_ddpm.draw_shapes
     monkeypatch.setattr(train_ddpm, "urlopen", offline)
     monkeypatch.setattr(train_ddpm, "FASHION_FOLDERS", train_ddpm.FASHION_FOLDERS[:2])
-    monkeypatch.setitem(M.PRESETS, "small", M.UNetConfig(width=8, mult=(1, 1), groups=4, attention=()))
+    monkeypatch.setitem(M.PRESETS, "small", SMALLEST)
     monkeypatch.setattr(train_ddpm, "draw_shapes", lambda per_cell, seed: draw(4, seed))
     monkeypatch.setattr(train_ddpm, "SAVE_SECONDS", -1)
     return tiny_checkpoint("tiny.pt")
@@ -1437,7 +1437,7 @@ def test_no_flag_value_ends_in_a_traceback(module, small_shapes, monkeypatch, ca
     monkeypatch.setattr(attack, "study_plan", lambda: [])
     monkeypatch.setattr(attack, "demo", lambda device: None)
     monkeypatch.setattr(unlearn, "PREPARE", {})
-    monkeypatch.setattr(train_ddpm, "SAVE_SECONDS", 180)
+    monkeypatch.setattr(train_ddpm, "SAVE_SECONDS", math.inf)          # or every run saves after each step
     for preset in M.PRESETS:                           # or stage 1 trains the whole network sixty times
         monkeypatch.setitem(M.PRESETS, preset, SMALLEST)
     monkeypatch.setattr(M, "T", 20)                    # or --sampler ddpm takes its 1,000 steps
