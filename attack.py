@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 
 from fid import (evaluate, load_classifier, percent, pick, protocol, reference_features, save_before_after,
                  wilson)
-from model import (COLORS, FACTORS, Parser, fail, fingerprint, forgotten_values, load_checkpoint, model_file,
+from model import (ASSETS, COLORS, FACTORS, Parser, fail, fingerprint, forgotten_values, load_checkpoint, model_file,
                    number, pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, to_uint8,
                    write_csv, write_file, write_json)
 from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
@@ -336,9 +336,6 @@ def save_weights(path, moved):
 
 # ---- the demonstration and the study ---------------------------------------------------------------------------
 
-SHIPPED = Path(__file__).parent / "assets" / "shapes.pt"
-
-
 def run_stage(script, *words):
     """One of the scripts with these arguments, as a user would start it; where it stops, so does this."""
     command = [str(word) for word in words]
@@ -350,17 +347,17 @@ def run_stage(script, *words):
 
 def demo(device):
     """GA and DiMUM on the shipped model, an attack on both, and one picture of squares before, between and after."""
-    started, folder = time.time(), run_folder(None, Path("runs", "demo"))
-    models = {"before": SHIPPED}
+    started, folder, first = time.time(), run_folder(None, Path("runs", "demo")), ASSETS / "shapes.pt"
+    models = {"before": first}
     quick = ("--samples", 60, "--sampler-steps", 10)
     settings = {"ga": ("--steps", 70, "--batch-size", 20, "--lambda", 1),        # a lambda of 0.6 takes twice as long
                 "dimum": ("--steps", 100, "--batch-size", 16)}
     for method, flags in settings.items():
         out, attacked = folder / method, folder / f"{method}-attacked"
-        run_stage("unlearn.py", "--method", method, "--cls", 1, "--ckpt", SHIPPED, *flags, *quick, "--out", out)
+        run_stage("unlearn.py", "--method", method, "--cls", 1, "--ckpt", first, *flags, *quick, "--out", out)
         run_stage("attack.py", out, "--steps", 50, "--every", 50, "--batch-size", 16, *quick, "--out", attacked)
         models.update({method: out / "model.pt", f"{method}, attacked": attacked / "model.pt"})
-    names = load_checkpoint(SHIPPED)[1]["names"]
+    names = load_checkpoint(first)[1]["names"]
     styles = [style for style in range(len(names[1])) for _ in range(2)]
     y = torch.tensor([[1, style] for style in styles])
     pictures = [sample(load_checkpoint(path, device)[0], y, steps=10) for path in models.values()]
@@ -448,8 +445,8 @@ def beyond_the_paper(folder, methods):
 def study_of_one():
     """What is asked of one class and seed: the ceiling, the attacker's settings, ten times as long an attack as the
     unlearning, how far that went, DiMUM's choices."""
-    yield "classes/cls1-seed0/original-retain", "attack.py", (SHIPPED, "--cls", 1)
-    for method in ("salun", "rl"):
+    yield "classes/cls1-seed0/original-retain", "attack.py", (ASSETS / "shapes.pt", "--cls", 1)
+    for method in ("dimum", "salun", "rl", "retrain"):
         yield attack_run(f"classes/cls1-seed0/{method}", "2000-steps", "--steps", 2000, "--every", 200, part="strength")
     for name, flags in {"b16": ("--batch-size", 16), "b16-lr2e-3": ("--batch-size", 16, "--lr", 2e-3),
                         "b16-lr2e-3-ema": ("--batch-size", 16, "--lr", 2e-3, "--ema", 0.98), "lr3e-4": ("--lr", 3e-4),

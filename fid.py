@@ -21,8 +21,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-from model import (FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, model_file, pick_device,
-                   read_file, run_folder, run_script, sample, save_grid, save_torch, to_uint8, write_json)
+from model import (ASSETS, FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, model_file,
+                   pick_device, read_file, run_folder, run_script, sample, save_grid, save_torch, to_uint8, write_json)
 from train_ddpm import (Loop, all_labels, common_flags, dataset_flag, find_images, get_batch, having, label_names,
                         learning_rate, load_data, same_data, show_labels)
 
@@ -142,7 +142,7 @@ def load_classifier(dataset, data_dir, device, names, size=32):
     """The dataset's classifier: the one trained here, else the shipped one, else it is trained now. names and size say
     what it must know and see."""
     trained = Path("runs", dataset, "classifier", "model.pt")
-    shipped = Path(__file__).parent / "assets" / f"{dataset}_classifier.pt"
+    shipped = ASSETS / f"{dataset}_classifier.pt"
     path = trained if trained.is_file() else shipped
     if not path.is_file():
         print(f"{dataset} has no classifier yet; training one (kept in {trained})")

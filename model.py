@@ -571,6 +571,9 @@ def read_file(path, kind):
     return data
 
 
+ASSETS = Path(__file__).parent / "assets"          # the checkpoints that ship with the code
+
+
 def model_file(run):
     """The checkpoint in a run folder; any other path is a checkpoint's own."""
     return Path(run, "model.pt") if Path(run).is_dir() else Path(run)

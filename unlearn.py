@@ -20,8 +20,8 @@ import torch
 from torch.func import functional_call
 
 from fid import evaluate, load_classifier, percent, protocol, reference_features, save_before_after
-from model import (FACTORS, Parser, T, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels, fail,
-                   fingerprint, forgotten_values, guided_output, load_checkpoint, number, pick_device, run_folder,
+from model import (ASSETS, FACTORS, Parser, T, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels,
+                   fail, fingerprint, forgotten_values, guided_output, load_checkpoint, number, pick_device, run_folder,
                    run_script, sample, save_checkpoint, save_plot, to_uint8, write_csv, write_json)
 from train_ddpm import (BROKEN, DEFAULTS as PRETRAIN, Loop, common_flags, dataset_flag, exclude, find_forgotten,
                         find_value, get_batch, having, learning_rate, load_data, read_image, same_data, train)
@@ -471,7 +471,7 @@ def find_checkpoint(dataset):
     """The newest model pretrained here, else the shipped one."""
     path = Path("runs", dataset, "pretrain", "model.pt")
     folders = [p for p in Path("runs", dataset).glob("pretrain*/model.pt") if "without" not in p.parent.name]
-    shipped = Path(__file__).parent / "assets" / f"{dataset}.pt"
+    shipped = ASSETS / f"{dataset}.pt"
     shipped = shipped.relative_to(Path.cwd()) if shipped.is_relative_to(Path.cwd()) else shipped
     if folders:
         path = max(folders, key=lambda p: p.stat().st_mtime)
