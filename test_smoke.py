@@ -999,7 +999,7 @@ def test_the_plans_commands_are_accepted(monkeypatch):
         known.add(name)                                # what a run needs comes before it
 
 
-def test_the_demonstration_ends_in_one_picture(monkeypatch, capsys):
+def test_the_demonstration_ends_in_one_picture(small_shapes, monkeypatch, capsys):
     modules = {"unlearn.py": unlearn, "attack.py": attack}
     monkeypatch.setattr(attack, "run_stage", lambda script, *words: run(modules[script], *words, *QUICK))
     run(attack, "--demo")
@@ -1207,8 +1207,7 @@ def test_mistakes_of_the_other_stages(capsys):
     assert "nothing is left" in refused(capsys, train_ddpm, "--exclude-cls", *range(10))
 
 
-def test_the_four_stages_write_what_they_promise_and_keep_earlier_runs(capsys):
-    tiny_checkpoint("tiny.pt")
+def test_the_four_stages_write_what_they_promise_and_keep_earlier_runs(small_shapes, capsys):
     for _ in range(2):
         run(unlearn, "--cls", "square", "--ckpt", "tiny.pt", *QUICK, "--samples", 60, "--eval-every", 1)
     assert "dimum-cls1 holds a finished run, which is kept" in capsys.readouterr().out
