@@ -444,8 +444,8 @@ def beyond_the_paper(folder, methods):
 
 
 def study_of_one():
-    """What is asked of one class and seed: the ceiling, the attacker's settings, ten times as long an attack as the
-    unlearning, how far that went, DiMUM's choices."""
+    """What is asked of one class and seed: the ceiling, a long attack (ten times SalUn's own steps) on what withstands
+    the usual one, the attacker's settings, how far unlearning went, DiMUM's choices."""
     yield "classes/cls1-seed0/original-retain", "attack.py", (ASSETS / "shapes.pt", "--cls", 1)
     for method in ("dimum", "salun", "rl", "retrain"):
         yield attack_run(f"classes/cls1-seed0/{method}", "2000-steps", "--steps", 2000, "--every", 200, part="strength")

@@ -1423,7 +1423,8 @@ def values_for(action):
     if hasattr(action.type, "low"):
         low, high = action.type.low, action.type.high
         over = [(high + 1, True)] if high < math.inf else []
-        return [(v, True) for v in ("x", "", "nan", "inf", "1e999", low - 1)] + over + [(v, False) for v in {low, max(1, low)}]
+        accepted = [(v, False) for v in {low, max(1, low)}]
+        return [(v, True) for v in ("x", "", "nan", "inf", "1e999", low - 1)] + over + accepted
     if action.choices:
         return [("nonsense", True), ("", True), *((choice, False) for choice in list(action.choices)[:2])]
     return [(v, False) for v in ("", ".", "nowhere/at/all", "tiny.pt", "-1", "1", "99", "²", "a b")]
