@@ -382,7 +382,7 @@ def study_plan():
 
     # Three classes and three seeds, but not all nine pairs, which two cores cannot carry; DiMUM on five classes.
     models = [
-        ("cls", 1, 0, (*usual, "inverters4", "retrain", "rl", "esd", "sa", "finetune")),
+        ("cls", 1, 0, (*usual, "inverters4", "retrain", "retrain16000", "rl", "esd", "sa", "finetune")),
         ("cls", 4, 0, (*usual, "inverters4")), ("cls", 1, 1, usual), ("cls", 7, 0, usual), ("cls", 1, 2, usual),
         ("style", 3, 0, (*usual, "inverters4")), ("style", 3, 1, converging), ("style", 3, 2, converging),
         ("cls", 2, 0, ("dimum", "dimum150")), ("cls", 9, 0, ("dimum", "dimum150")), ("cls", 4, 0, ["retrain"])]
@@ -399,8 +399,7 @@ def study_plan():
                     yield attack_run(run, aux, "--aux", aux, part="data")
         if "inverters4" in methods:
             yield from beyond_the_paper(f"{part}/{what}", ("inverters4", "dimum", "dimum150", "swap", "salun"))
-        if "retrain" in methods:
-            yield from beyond_the_paper(f"{part}/{what}", ["retrain"])
+        yield from beyond_the_paper(f"{part}/{what}", [m for m in methods if m.startswith("retrain")])
         if what == "cls1-seed0":
             yield from study_of_one()
     yield "fashion/pretrain", "train_ddpm.py", ("--dataset", "fashion")
@@ -413,9 +412,10 @@ def study_plan():
 
 
 def unlearn_run(run, method, factor, value, *more, seed=0):
-    """A run of the plan. dimum150: with the steps that were the default before this study."""
-    method, *flags = {"dimum150": ("dimum", "--steps", 150),
-                      "inverters4": ("dimum", "--inverters", 4)}.get(method, (method,))
+    """A run of the plan. dimum150: with the steps that were the default before this study; retrain16000: with as many
+    as the pretraining had."""
+    method, *flags = {"dimum150": ("dimum", "--steps", 150), "inverters4": ("dimum", "--inverters", 4),
+                      "retrain16000": ("retrain", "--steps", 16000)}.get(method, (method,))
     return run, "unlearn.py", ("--method", method, f"--{factor}", value, "--seed", seed, "--samples", 150, *flags,
                               *more)
 
@@ -447,7 +447,7 @@ def study_of_one():
     """What is asked of one class and seed: the ceiling, a long attack (ten times SalUn's own steps) on what withstands
     the usual one, the attacker's settings, how far unlearning went, DiMUM's choices."""
     yield "classes/cls1-seed0/original-retain", "attack.py", (ASSETS / "shapes.pt", "--cls", 1)
-    for method in ("dimum", "salun", "rl", "retrain"):
+    for method in ("dimum", "salun", "rl", "retrain", "retrain16000"):
         yield attack_run(f"classes/cls1-seed0/{method}", "2000-steps", "--steps", 2000, "--every", 200, part="strength")
     for name, flags in {"b16": ("--batch-size", 16), "b16-lr2e-3": ("--batch-size", 16, "--lr", 2e-3),
                         "b16-lr2e-3-ema": ("--batch-size", 16, "--lr", 2e-3, "--ema", 0.98), "lr3e-4": ("--lr", 3e-4),

@@ -15,6 +15,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                # bits are compared, and a fork cannot go on with a GPU
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -1311,6 +1313,17 @@ def test_a_killed_stage_goes_on_to_the_very_same_weights(stage, small_shapes, mo
     same = lambda folder: [line.rsplit(",", 1)[0] for line in Path(folder, "log.csv").read_text().splitlines()]
     assert stage == "classifier" or same("whole") == same("killed")
     assert not list(Path("killed").glob(".*"))
+
+
+@pytest.mark.filterwarnings("ignore:.*no-op")
+def test_the_losses_of_a_resumed_run_are_where_its_network_is():
+    """Saved losses are on the CPU, those of the steps to come where the network is; the two are stacked."""
+    net = tiny()
+    loop = train_ddpm.Loop("training", 300, Path("train.pt"), model=net)
+    loop.recent = [torch.tensor(0.5)]
+    loop.save(1)
+    resumed = train_ddpm.Loop("training", 300, Path("train.pt"), resume=True, model=net.to("meta"))
+    assert [(loss.device.type, loss.shape) for loss in resumed.recent] == [("meta", ())]
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(small_shapes, capsys):

@@ -389,7 +389,8 @@ class Loop:
                      "--resume it, or start without --resume")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            self.first, self.data, self.recent = state["step"], state["data"], list(state["recent"])
+            device = next(self.parts["model"].parameters()).device
+            self.first, self.data, self.recent = state["step"], state["data"], list(state["recent"].to(device))
             torch.set_rng_state(state["rng"])
             if torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
