@@ -33,8 +33,8 @@ from PIL import Image, ImageDraw
 
 from fid import (evaluate, load_classifier, percent, pick, protocol, reference_features, save_before_after,
                  wilson)
-from model import (ASSETS, COLORS, FACTORS, Parser, fail, fingerprint, forgotten_values, load_checkpoint, model_file,
-                   number, pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, to_uint8,
+from model import (COLORS, FACTORS, Parser, fail, fingerprint, forgotten_values, load_checkpoint, model_file, number,
+                   pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, shipped, to_uint8,
                    write_csv, write_file, write_json)
 from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
                         having, load_data, read_image, train_step)
@@ -348,7 +348,7 @@ def run_stage(script, *words):
 
 def demo(device):
     """GA and DiMUM on the shipped model, an attack on both, and one picture of squares before, between and after."""
-    started, folder, first = time.time(), run_folder(None, Path("runs", "demo")), ASSETS / "shapes.pt"
+    started, folder, first = time.time(), run_folder(None, Path("runs", "demo")), shipped("shapes.pt")
     models = {"before": first}
     quick = ("--samples", 60, "--sampler-steps", 10)
     settings = {"ga": ("--steps", 70, "--batch-size", 20, "--lambda", 1),        # a lambda of 0.6 takes twice as long
@@ -446,7 +446,7 @@ def beyond_the_paper(folder, methods):
 def study_of_one():
     """What is asked of one class and seed: the ceiling, a long attack (ten times SalUn's own steps) on what withstands
     the usual one, the attacker's settings, how far unlearning went, DiMUM's choices."""
-    yield "classes/cls1-seed0/original-retain", "attack.py", (ASSETS / "shapes.pt", "--cls", 1)
+    yield "classes/cls1-seed0/original-retain", "attack.py", (shipped("shapes.pt"), "--cls", 1)
     for method in ("dimum", "salun", "rl", "retrain", "retrain16000"):
         yield attack_run(f"classes/cls1-seed0/{method}", "2000-steps", "--steps", 2000, "--every", 200, part="strength")
     for name, flags in {"b16": ("--batch-size", 16), "b16-lr2e-3": ("--batch-size", 16, "--lr", 2e-3),
@@ -614,7 +614,8 @@ def main():
         "unlearned": info["made_by"] if method != "original" else None,
         "first_step_above_half": half_at(*columns(curve, "step", "ar")),
         "protocol": protocol(dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance, 1234,
-                             args.seed), "args": vars(args), **opts, "seconds": round(time.time() - started, 1)})
+                             args.seed, device), "args": vars(args), **opts,
+        "seconds": round(time.time() - started, 1)})
     (folder / "train.pt").unlink()                 # the run is whole: there is nothing to resume
     if len(after["ua_of"]) > 1:
         print("AR of each: " + ", ".join(f"{name} {100 - 100 * ua:.1f} %" for name, ua in after["ua_of"].items()))

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-from model import (ASSETS, FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, model_file,
-                   pick_device, read_file, run_folder, run_script, sample, save_grid, save_torch, to_uint8, write_json)
+from model import (FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, machine, model_file,
+                   pick_device, read_file, run_folder, run_script, sample, save_grid, save_torch, shipped, to_uint8, write_json)
 from train_ddpm import (Loop, all_labels, common_flags, dataset_flag, find_images, get_batch, having, label_names,
                         learning_rate, load_data, same_data, show_labels)
 
@@ -142,8 +142,7 @@ def load_classifier(dataset, data_dir, device, names, size=32):
     """The dataset's classifier: the one trained here, else the shipped one, else it is trained now. names and size say
     what it must know and see."""
     trained = Path("runs", dataset, "classifier", "model.pt")
-    shipped = ASSETS / f"{dataset}_classifier.pt"
-    path = trained if trained.is_file() else shipped
+    path = trained if trained.is_file() else shipped(f"{dataset}_classifier.pt")
     if not path.is_file():
         print(f"{dataset} has no classifier yet; training one (kept in {trained})")
         with torch.random.fork_rng():              # whether there was one already must not change the caller's seed
@@ -331,12 +330,13 @@ def save_before_after(path, names, gone, y, before, after):
     save_grid(torch.cat([pick(images, y, wanted) for images in (before, after)]), path, **{**layout, "rows": rows})
 
 
-def protocol(dataset, names, metrics, real_features, accuracy, steps, guidance, seed, train_seed):
+def protocol(dataset, names, metrics, real_features, accuracy, steps, guidance, seed, train_seed, device):
     """What a reader needs to reproduce the numbers."""
     return {"dataset": dataset, "classes": [len(n) for n in names], "forget_samples": metrics["ua_samples"],
             "retain_samples": metrics["ira_samples"], "real_images": len(real_features), "real_split": "train",
             "sampler": "ddim", "sampler_steps": steps, "eta": 0, "guidance": guidance, "sampling_seed": seed,
-            "seed": train_seed, "fid_features": "classifier", "classifier_test_accuracy": accuracy}
+            "seed": train_seed, "fid_features": "classifier", "classifier_test_accuracy": accuracy,
+            "machine": machine(device)}
 
 
 def percent(metrics, name):
@@ -453,7 +453,7 @@ def main():
     result["precision"], result["recall"] = precision_recall(f1, f2)
     result["protocol"] = {"dataset": args.dataset, "real_images": len(real), "fake_images": len(fake), "real": real_how,
                           "fake": fake_how, "fid_features": kind, "seed": args.seed,
-                          "classifier_test_accuracy": accuracy}
+                          "classifier_test_accuracy": accuracy, "machine": machine(device)}
     result.update(args=vars(args), seconds=round(time.time() - started, 1), steps=0)
     print(f"FID ({kind} features): {result['fid']:.3f}   precision {result['precision']:.3f}   recall "
           f"{result['recall']:.3f}\nreal: {len(real)} images, {real_how}; fake: {len(fake)} images, {fake_how}")

@@ -350,6 +350,12 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=autocast_on(device))
 
 
+def machine(device):
+    """What computes there, and how: "2 CPU threads, float32"."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return f"{where}, {'bf16' if autocast_on(device) else 'float32'}"
+
+
 def pick_device(name):
     """A torch.device from "auto", "cpu", "cuda"..., or one clear line."""
     if name == "auto":
@@ -571,7 +577,10 @@ def read_file(path, kind):
     return data
 
 
-ASSETS = Path(__file__).parent / "assets"          # the checkpoints that ship with the code
+def shipped(name):
+    """The path of a checkpoint that ships with the code, from the current folder where that is above it."""
+    path = Path(__file__).parent / "assets" / name
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def model_file(run):

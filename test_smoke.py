@@ -1220,7 +1220,7 @@ def test_the_four_stages_write_what_they_promise_and_keep_earlier_runs(small_sha
     result = json.loads((first / "result.json").read_text())
     assert result["forget"] == {"factor": "cls", "values": [1], "names": ["square"]}
     assert {"ua", "ira", "cra", "fid", "fid_features", "ua_low"} <= result["before"].keys() & result["after"].keys()
-    assert {"sampler", "sampler_steps", "guidance", "forget_samples", "seed"} <= result["protocol"].keys()
+    assert {"sampler", "sampler_steps", "guidance", "forget_samples", "seed", "machine"} <= result["protocol"].keys()
     run(unlearn, "--method", "retrain", "--cls", 1, "--ckpt", "tiny.pt", *QUICK)
     for folder in (first, "runs/shapes/retrain-cls1"):
         run(attack, folder, *QUICK)

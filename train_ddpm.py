@@ -38,9 +38,9 @@ import torchvision
 from PIL import Image, ImageOps
 from torchvision import datasets as tvd
 
-from model import (FACTORS, FORMAT, Parser, PRESETS, Progress, T, UNet, autocast_on, cached, diffusion_loss, fail,
-                   guided_output, make_config, number, pick_device, read_file, resume_command, run_folder, run_script,
-                   sample, save_checkpoint, save_grid, save_plot, save_torch, write_csv, write_json)
+from model import (FACTORS, FORMAT, Parser, PRESETS, Progress, T, UNet, cached, diffusion_loss, fail, guided_output,
+                   machine, make_config, number, pick_device, read_file, resume_command, run_folder, run_script, sample,
+                   save_checkpoint, save_grid, save_plot, save_torch, write_csv, write_json)
 
 # lr and weights of the paper preset: the public SalUn/SFRon/SA configuration for CIFAR-10 (constant learning rate).
 # The small preset: a high rate with cosine decay, which makes the most of few steps.
@@ -584,10 +584,8 @@ def benchmark(preset, batch_size, device, compiled, repeats=5):
     big = torch.randn(50 if cuda else 10, 3, 299, 299, device=device)
     with torch.inference_mode():
         inception = seconds(lambda: net(big))
-    where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     print(f"{preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, batch {n}, "
-          f"{'compiled, ' if compiled else ''}{'bf16' if autocast_on(device) else 'float32'}, {where}, torch "
-          f"{torch.__version__}\n"
+          f"{'compiled, ' if compiled else ''}{machine(device)}, torch {torch.__version__}\n"
           f"training      {1 / step:8.2f} steps/s   ({n / step:.0f} images/s)\n"
           f"sampling      {n / guided / 50:8.2f} images/s  (50 DDIM steps, guided; a step costs "
           f"{guided / plain / 2:.2f} times two unguided forward passes)\n"
@@ -719,7 +717,7 @@ def main():
     write_json(folder / "result.json", {
         "stage": "pretrain", "dataset": args.dataset, "method": what, "excluded": info["forgotten"],
         "protocol": {"sampler": "ddim", "sampler_steps": args.sampler_steps, "guidance": args.guidance,
-                     "seed": args.seed},
+                     "seed": args.seed, "machine": machine(device)},
         "args": vars(args), "seconds": data["seconds"], "steps": opts["steps"],
         "final_loss": log[-1]["loss"] if log else None})
     print(f"wrote {folder}/model.pt and samples.png; {data['seconds'] / 60:.1f} minutes of training\n"

@@ -20,9 +20,9 @@ import torch
 from torch.func import functional_call
 
 from fid import evaluate, load_classifier, percent, protocol, reference_features, save_before_after
-from model import (ASSETS, FACTORS, Parser, T, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels,
-                   fail, fingerprint, forgotten_values, guided_output, load_checkpoint, number, pick_device, run_folder,
-                   run_script, sample, save_checkpoint, save_plot, to_uint8, write_csv, write_json)
+from model import (FACTORS, Parser, T, UNet, add_noise, antithetic_times, autocast, diffusion_loss, drop_labels, fail,
+                   fingerprint, forgotten_values, guided_output, load_checkpoint, number, pick_device, run_folder,
+                   run_script, sample, save_checkpoint, save_plot, shipped, to_uint8, write_csv, write_json)
 from train_ddpm import (BROKEN, DEFAULTS as PRETRAIN, Loop, common_flags, dataset_flag, exclude, find_forgotten,
                         find_value, get_batch, having, learning_rate, load_data, read_image, same_data, train)
 
@@ -471,12 +471,10 @@ def find_checkpoint(dataset):
     """The newest model pretrained here, else the shipped one."""
     path = Path("runs", dataset, "pretrain", "model.pt")
     folders = [p for p in Path("runs", dataset).glob("pretrain*/model.pt") if "without" not in p.parent.name]
-    shipped = ASSETS / f"{dataset}.pt"
-    shipped = shipped.relative_to(Path.cwd()) if shipped.is_relative_to(Path.cwd()) else shipped
     if folders:
         path = max(folders, key=lambda p: p.stat().st_mtime)
-    elif shipped.is_file():
-        path = shipped
+    elif shipped(f"{dataset}.pt").is_file():
+        path = shipped(f"{dataset}.pt")
     if not path.is_file():
         fail(f"there is no {dataset} model yet; run 'python train_ddpm.py --dataset {dataset}' first, or name one "
              "with --ckpt")
@@ -589,7 +587,7 @@ def main():
         "model": fingerprint(model)[:12],
         "unlearned": made_by,
         "protocol": protocol(args.dataset, names, after, real_features, accuracy, args.sampler_steps, args.guidance,
-                             1234, args.seed),
+                             1234, args.seed, device),
         "args": vars(args), "train_seconds": loop.data["seconds"],
         "seconds": round(time.time() - started, 1)})
     (folder / "train.pt").unlink()                 # the run is whole: there is nothing to resume
