@@ -42,8 +42,8 @@ from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_fo
 # cifar10: our reading of the paper's setting. small: the strongest found on shapes, class 1, against SFRon. AR was 78 %
 # after 300 steps; with batch 16 it was 25 %, and with lr 2e-3 besides 22 %, with or without an average of the weights,
 # after 50 % at step 75. 2,000 steps take seven times as long; they bring SalUn's to 35 % from 0, DiMUM's to 15 %, and
-# that of a model that never saw a square to 8 %. embedding: with --only-embedding one image then brings 90 % of swap's
-# squares back in 50 steps; at a rate of 1e-3 it was nothing in 75. every: steps between points of the curve.
+# those of two models that never saw a square to 8 and 0 %. embedding: with --only-embedding one image then brings 90 %
+# of swap's squares back in 50 steps; at a rate of 1e-3 it was nothing in 75. every: steps between points of the curve.
 DEFAULTS = {"cifar10": dict(steps=5000, batch_size=128, lr=1e-4, every=500),
             "small": dict(steps=300, batch_size=32, lr=1e-3, every=75),
             "embedding": dict(steps=200, batch_size=16, lr=0.05, every=40)}
