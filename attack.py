@@ -34,8 +34,8 @@ from PIL import Image, ImageDraw
 from fid import (evaluate, load_classifier, percent, pick, protocol, reference_features, save_before_after,
                  wilson)
 from model import (COLORS, FACTORS, Parser, fail, fingerprint, forgotten_values, load_checkpoint, model_file, number,
-                   pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, shipped, to_uint8,
-                   write_csv, write_file, write_json)
+                   pick_device, run_folder, run_script, sample, save_checkpoint, save_grid, save_plot, shipped,
+                   to_uint8, write_csv, write_file, write_json)
 from train_ddpm import (BROKEN, Loop, all_labels, common_flags, exclude, find_forgotten, find_images, get_batch,
                         having, load_data, read_image, train_step)
 

@@ -22,7 +22,8 @@ import torchvision
 from PIL import Image
 
 from model import (FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, machine, model_file,
-                   pick_device, read_file, run_folder, run_script, sample, save_grid, save_torch, shipped, to_uint8, write_json)
+                   pick_device, read_file, run_folder, run_script, sample, save_grid, save_torch, shipped, to_uint8,
+                   write_json)
 from train_ddpm import (Loop, all_labels, common_flags, dataset_flag, find_images, get_batch, having, label_names,
                         learning_rate, load_data, same_data, show_labels)
 

@@ -230,8 +230,9 @@ def prepare_sfron(model, task):
 
 # Found on shapes, class 1, seed 0, with 4 inverters and 300 steps. Ten images and 200 steps on the label embedding then
 # bring back 38 % of the squares; with a life of 60 steps it was 60 %, and without inverters 98 %, after 150 steps of
-# unlearning as after 300. On class 4, which had no part in that choice, 43 % instead of 95 to 100. DiMUM's default stays
-# the paper's: for the style "sketch" that attack finds nothing even without inverters, and with them the FID rose by 17 %.
+# unlearning as after 300. On class 4, which had no part in that choice, 43 % instead of 95 to 100. DiMUM's default is
+# the paper's: for the style "sketch" that attack finds nothing even without inverters, and with them the FID rose by
+# 17 %.
 INVERTER_RATE, INVERTER_LIFE, INVERTER_NOISE = 0.05, 150, 0.3
 
 
