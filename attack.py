@@ -434,12 +434,13 @@ def invert(run, k, steps=200):
 
 def beyond_the_paper(folder, methods):
     """Attackers who have k images: they learn the forgotten label's embedding (invert), or everything (few)."""
+    in_detail = folder == "classes/cls1-seed0"
     for method in methods:
         run = f"{folder}/{method}"
-        for k in (10, 1) if folder == "classes/cls1-seed0" else (10,):
+        for k in (10, 1) if in_detail else (10,):
             yield invert(run, k)
             yield attack_run(run, f"few{k}", "--aux", f"fewshot:{k}", "--steps", 200, "--every", 40, part="beyond")
-        if folder == "classes/cls1-seed0":         # where the curve above rises, from its start to its second point
+        if in_detail:                              # the few-shot curve has risen by its second point: look closer
             yield attack_run(run, "few10-early", "--aux", "fewshot:10", "--steps", 40, "--every", 5, part="beyond")
         if method in ("inverters4", "retrain"):
             yield invert(run, 100, steps=400)

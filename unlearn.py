@@ -470,12 +470,8 @@ def run_method(method, model, task, steps, lr, cosine=False, embedding_lr=1.0, *
 
 def find_checkpoint(dataset):
     """The newest model pretrained here, else the shipped one."""
-    path = Path("runs", dataset, "pretrain", "model.pt")
-    folders = [p for p in Path("runs", dataset).glob("pretrain*/model.pt") if "without" not in p.parent.name]
-    if folders:
-        path = max(folders, key=lambda p: p.stat().st_mtime)
-    elif shipped(f"{dataset}.pt").is_file():
-        path = shipped(f"{dataset}.pt")
+    trained = [p for p in Path("runs", dataset).glob("pretrain*/model.pt") if "without" not in p.parent.name]
+    path = max(trained, key=lambda p: p.stat().st_mtime) if trained else shipped(f"{dataset}.pt")
     if not path.is_file():
         fail(f"there is no {dataset} model yet; run 'python train_ddpm.py --dataset {dataset}' first, or name one "
              "with --ckpt")
