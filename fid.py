@@ -1,471 +1,451 @@
-"""Evaluation: the classifier, UA / IRA / CRA / AR with their intervals, FID, precision and recall.
+"""Evaluation: unlearning accuracy and the rest, FID, precision, recall; the classifier that judges.
 
-    python fid.py --train-classifier                           # shapes: how assets/shapes_classifier.pt was made
-    python fid.py --train-classifier --dataset fashion
-    python fid.py test runs/shapes/pretrain/model.pt           # a model's samples against the real test images
-    python fid.py real_folder fake_folder                      # two folders of images, InceptionV3 as in pytorch-fid
-    python fid.py real_folder fake_folder --features classifier --dataset shapes
+    python fid.py test assets/shapes.pt                  # a model's samples against real images
+    python fid.py real_folder fake_folder                # two folders: Inception as in pytorch-fid
+    python fid.py real_folder fake_folder --features classifier
+    python fid.py --train-classifier                     # how assets/shapes_classifier.pt was made
+    python fid.py --train-classifier --dataset folder --data-dir my_images
 
-REAL and FAKE are each a folder of images, a checkpoint (samples are drawn from it), or "train" or "test" (the
-dataset's real images). FID uses InceptionV3 for two folders, and for the rest the features of the dataset's own
-classifier, which know what matters in it; the two are never comparable, and the output always names the features.
+REAL and FAKE are each a folder of images, a checkpoint or run folder (samples are drawn from it), or
+"train" or "test" (real images). FID uses InceptionV3 for two folders, else the features of the data's
+own classifier, which know what matters there. The two are never comparable.
 """
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-from model import (FACTORS, Parser, Progress, autocast_on, cached, fail, load_checkpoint, machine, model_file,
-                   pick_device, read_file, run_folder, run_script, sample, save_grid, save_torch, shipped, to_uint8,
-                   write_json)
-from train_ddpm import (Loop, all_labels, common_flags, dataset_flag, find_images, get_batch, having, label_names,
-                        learning_rate, load_data, same_data, show_labels)
+from model import (FACTORS, all_labels, autocast, checkpoint_file, explain, load_checkpoint,
+                   make_parser, matches, number, pairs_text, pick_device, progress, read_file,
+                   require, run, run_folder, sample, save_grid, shipped, to_uint8, uses_bf16, write_file, write_json)
+from train_ddpm import (data_flags, find_images, folder_key, get_batch, load_data, picture_labels,
+                        read_image)
 
-INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                 "pt_inception-2015-12-05-6726825d.pth")          # the name ends with the start of its SHA-256
-CLASSIFIER = {                                                    # width, steps at batch 128
-    "shapes": (16, 600), "fashion": (32, 1500), "cifar10": (64, 8000), "folder": (64, 8000),
-}
-# What a kept evaluation depends on besides its inputs: change a line here, and nothing old is looked up.
-CODE = [Path(__file__).with_name(name).read_bytes() for name in ("model.py", "train_ddpm.py", "fid.py")]
+NOISE_SEED = 1234       # of all evaluations: all points of all curves start from the same noise
 
+# ---- evaluation of a conditional model -----------------------------------------------------------
 
-# ---- the classifier --------------------------------------------------------------------------------------------
+def evaluate(model, judge, names, forgotten, count, reference, samples, steps, label, retained=True):
+    """Sample forgotten and retained conditions (DDIM, guidance 2) and score them.
 
-class Classifier(nn.Module):
-    """A small CNN that names the class (and the style). x (B, C, size, size) in [-1, 1] -> a list of logits per factor,
-    whose last entry stands for "none of these": without it noise must be called something, and was called a square.
-
-    `features(x)` (B, 4 * width) are what it knows about an image before naming it; they serve as FID features.
+    forgotten: the (factor, value) pairs that the model shall not draw; count: those that are counted.
+    A third of `samples` go to conditions with a counted and no other forgotten pair, the rest, unless
+    retained is False, to those without a forgotten pair. Returns (metrics of `score`, images uint8, y).
     """
+    cells, others = all_labels(names), [pair for pair in forgotten if pair not in count]
+    groups = [(cells[matches(cells, count) & ~matches(cells, others)], samples / 3)]
+    if retained:
+        groups.append((cells[~matches(cells, forgotten)], samples * 2 / 3))
+    y = torch.cat([part.repeat_interleave(max(1, round(n / max(1, len(part)))), 0)
+                   for part, n in groups])
+    images = sample(model, y, steps, seed=NOISE_SEED, label=label).cpu()
+    return score(images, y, judge, names, count, reference), to_uint8(images), y
 
-    def __init__(self, channels, classes, width, size=32):
-        super().__init__()
-        self.args = dict(channels=channels, classes=list(classes), width=width, size=size)
-        block = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b),
-                                                   nn.ReLU())
-        w = width
-        self.body = nn.Sequential(block(channels, w, size // 32), block(w, 2 * w, 2), block(2 * w, 2 * w, 1),
-                                  block(2 * w, 4 * w, 2), block(4 * w, 4 * w, 1), block(4 * w, 4 * w, 2))
-        self.embed = nn.Sequential(nn.Flatten(), nn.Linear(64 * w, 4 * w), nn.ReLU())       # keeps where things are
-        self.heads = nn.ModuleList(nn.Linear(4 * w, n + 1) for n in classes)
+def score(images, y, judge, names, count, reference):
+    """Metrics of samples (N, C, H, W) drawn for labels y (N, F); shares in 0..1, None without samples.
 
-    def features(self, x):
-        return self.embed(self.body(x))
-
-    def forward(self, x):
-        h = self.features(x)
-        return [head(h) for head in self.heads]
-
-
-@torch.inference_mode()
-def in_batches(f, images, batch=250, label=None):
-    """f over images (N, C, H, W), uint8 or float in [-1, 1], in batches; the results concatenated on the CPU."""
-    bar, out = Progress(label, math.ceil(len(images) / batch), "batch"), []
-    for part in images.split(batch):
-        out.append(f(part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part).cpu())
-        bar.step()
-    bar.close()
-    return torch.cat(out)
-
-
-def predict(classifier, images):
-    """The recognised value of every factor, (N, F), for images (N, C, H, W); its number of values stands for none."""
-    return in_batches(lambda x: torch.stack([logits.argmax(1) for logits in classifier(x)], 1), images)
-
-
-def garbage(x):
-    """What a ruined model may draw in place of x (n, C, H, W): pixel noise, smooth noise or one flat colour, with at
-    most a shadow (10 %) of x in it."""
-    n, c, h, w = x.shape
-    uniform = lambda *size: torch.rand(n, c, *size, device=x.device) * 2 - 1
-    kinds = torch.stack([uniform(h, w), F.interpolate(2 * uniform(5, 5), (h, w), mode="bilinear"),
-                         uniform(1, 1).expand(-1, -1, h, w)])
-    noise = kinds[torch.randint(3, (n,), device=x.device), torch.arange(n, device=x.device)]
-    shadow = 0.1 * torch.rand(n, 1, 1, 1, device=x.device)
-    return (shadow * x + (1 - shadow) * noise).clamp(-1, 1)
-
-
-def worn(x):
-    """x (n, C, H, W) as a half-trained model would draw it: paler, under a colour cast and blotches, with pixel noise.
-    Such an image must still be recognised: what comes back seldom comes back clean."""
-    n, c, h, w = x.shape
-    uniform = lambda low, high, *size: low + (high - low) * torch.rand(n, *size, device=x.device)
-    blotches = F.interpolate(uniform(-1, 1, c, 4, 4), (h, w), mode="bilinear")
-    x = uniform(0.5, 1, 1, 1, 1) * x + uniform(-0.3, 0.3, c, 1, 1) + uniform(0, 0.3, 1, 1, 1) * blotches
-    return (x + uniform(0, 0.2, 1, 1, 1) * torch.randn_like(x)).clamp(-1, 1)
-
-
-def train_classifier(dataset, data_dir, device, size, seed=0, steps=None, batch_size=128, lr=3e-3, **keep):
-    """Train on the train split; returns (classifier, accuracy on the test split per factor, the Loop). Images are
-    shifted by up to 2 pixels; half of every batch is worn, and an eighth is garbage, to be called none."""
-    torch.manual_seed(seed)
-    images, y, names = load_data(dataset, "train", data_dir, device, size)
-    width, default_steps = CLASSIFIER[dataset]
-    steps = default_steps if steps is None else steps
-    net = Classifier(images.shape[1], [len(n) for n in names], width, images.shape[2])
-    net = net.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
-    settings = dict(dataset=dataset, seed=seed, steps=steps, batch_size=batch_size, lr=lr)
-    none = torch.tensor([len(n) for n in names], device=device)
-    loop = Loop("classifier", steps, settings=settings, model=net, optimizer=optimizer, **keep)
-    for step in loop:
-        x, labels = get_batch(images, y, batch_size, flip=dataset == "cifar10")
-        dx, dy = torch.randint(-2, 3, (2,)).tolist()
-        x = x.roll((dx, dy), (2, 3)) + 0.05 * torch.randn_like(x)
-        spoilt, half = max(len(x) // 8, 1), len(x) // 2
-        x[half:] = worn(x[half:])
-        x[:spoilt], labels[:spoilt] = garbage(x[:spoilt]), none
-        loss = sum(F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(net(x)))
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, 100, cosine=True)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        loop.loss = loss.detach()
-    net.eval()
-    x, labels, _ = load_data(dataset, "test", data_dir, device, size)
-    return net, (predict(net, x) == labels.cpu()).double().mean(0).tolist(), loop
-
-
-def save_classifier(path, net, dataset, accuracy):
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    save_torch(path, {"format": 1, "kind": "classifier", "dataset": dataset, "args": net.args, "accuracy": accuracy,
-                      "weights": weights})
-
-
-def load_classifier(dataset, data_dir, device, names, size=32):
-    """The dataset's classifier: the one trained here, else the shipped one, else it is trained now. names and size say
-    what it must know and see."""
-    trained = Path("runs", dataset, "classifier", "model.pt")
-    path = trained if trained.is_file() else shipped(f"{dataset}_classifier.pt")
-    if not path.is_file():
-        print(f"{dataset} has no classifier yet; training one (kept in {trained})")
-        with torch.random.fork_rng():              # whether there was one already must not change the caller's seed
-            net, accuracy, _ = train_classifier(dataset, data_dir, device, size)
-        save_classifier(trained, net, dataset, accuracy)
-        path = trained
-    data = read_file(path, "classifier")
-    try:
-        net = Classifier(**data["args"])
-        net.load_state_dict(data["weights"])
-        if (net.args["classes"], net.args["size"]) != ([len(n) for n in names], size):
-            raise ValueError("other labels or another image size")
-    except (RuntimeError, TypeError, KeyError, ValueError) as e:
-        fail(f"{path} does not fit ({str(e).splitlines()[0]}); delete it, or train it again with "
-             f"'python fid.py --train-classifier --dataset {dataset}'")
-    return net.float().to(device, memory_format=torch.channels_last).eval(), data["accuracy"]
-
-
-# ---- Frechet distance, precision and recall --------------------------------------------------------------------
-
-def statistics(features):
-    """Mean (D,) and covariance (D, D) of features (N, D), float64 numpy."""
-    f = np.asarray(features, dtype=np.float64)
-    return f.mean(0), np.cov(f, rowvar=False)
-
-
-def frechet_distance(mu1, cov1, mu2, cov2):
-    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), Heusel et al. 1706.08500.
-
-    The trace of the root is the sum of the roots of the eigenvalues of cov1^(1/2) cov2 cov1^(1/2): two symmetric
-    eigen-decompositions, several times faster than a general matrix root of the product, and never complex.
+    ua: unlearning accuracy, the share of the samples with a counted pair in which no counted value
+    that was asked for is recognised (AR is 1 - ua); ua_of: for each pair alone.
+    none: the share of these in which the judge recognises no class or no style at all.
+    cls, style: the share of the retained samples whose class, whose style is recognised
+    (UnlearnCanvas, Zhang et al. 2402.11846: IRA for the factor unlearned in, CRA for the other).
+    fid, fid_error: the retained samples against reference features (M, D), and its standard error.
     """
-    values, vectors = np.linalg.eigh(cov1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
-    return max(0.0, float(np.sum((mu1 - mu2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross))    # rounding aside
-
-
-def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkaanniemi et al. 1904.06991) of features (N, D) and (M, D), each in 0..1.
-
-    Precision: share of fake features that lie within the k-th neighbour's distance of some real one; recall: vice
-    versa.
-    """
-    real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
-
-    def covered(points, centres):
-        radius = torch.cdist(centres, centres).kthvalue(min(k + 1, len(centres)), 1).values    # the first is itself
-        return (torch.cdist(points, centres) <= radius).any(1).double().mean().item()
-    return covered(fake, real), covered(real, fake)
-
-
-def wilson(hits, n, z=1.96):
-    """95 % Wilson interval (low, high) of a proportion hits/n."""
-    p, centre = hits / n, (hits / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def inception(weights=None, device="cpu"):
-    """InceptionV3 with FID's weights: a function from images (N, C, H, W) in [-1, 1] to features (N, 2048), and the
-    network itself.
-
-    It is pytorch-fid's network: torchvision's with 1,008 outputs, except that the pooling branches leave the padding
-    out of their averages, and that the last block takes the maximum instead. Images are resized to 299 x 299
-    (bilinear, not antialiased). weights: a file; without it the release file is downloaded and its checksum verified.
-    """
-    try:
-        if weights:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        else:
-            state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True,
-                                                       weights_only=True)
-        net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-        net.load_state_dict(state)
-    except Exception as e:         # network, checksum, file and format errors alike end in one line
-        fail(f"Inception's weights cannot be loaded ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:90]}); get "
-             f"{INCEPTION_URL} and name it with --inception-weights, or use --features classifier")
-
-    def repool(block, pool):
-        kept = {}
-        block.register_forward_pre_hook(lambda _, args: kept.update(x=args[0]))
-        block.branch_pool.register_forward_pre_hook(lambda _, args: (pool(kept.pop("x")),))
-
-    average = lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-        repool(getattr(net, f"Mixed_{name}"), average)
-    repool(net.Mixed_7c, lambda x: F.max_pool2d(x, 3, 1, 1))
-    net.fc = nn.Identity()
-    net = net.to(device).eval()
-    return lambda x: net(F.interpolate(x.to(device).expand(-1, 3, -1, -1), (299, 299), mode="bilinear")), net
-
-
-# ---- evaluation of a conditional model -------------------------------------------------------------------------
-
-def balanced(images, y, per_cell):
-    """The first per_cell images of every label combination that occurs in y (N, F)."""
-    cells = torch.unique(y, dim=0)
-    index = torch.cat([(y == cell).all(1).nonzero()[:per_cell, 0] for cell in cells])
-    return images[index], y[index]
-
-
-def reference_features(classifier, images, y, n=4500):
-    """The features (about n, D) that samples are compared with: of equally many images of every label combination."""
-    images, _ = balanced(images, y, max(1, n // len(torch.unique(y, dim=0))))
-    return in_batches(classifier.features, images)
-
-
-def split_labels(names, gone, samples):
-    """Labels to sample: (forgotten (N1, F), retained (N2, F)). A third of `samples` goes to the conditions with a value
-    of gone, {factor: [value, ...]}, the rest to the others, spread evenly over all combinations (at least one each)."""
-    cells = all_labels(names, 1)
-    lost = having(cells, gone)
-    share = lambda part, n: part.repeat_interleave(max(1, round(n / max(len(part), 1))), 0)
-    return share(cells[lost], samples / 3), share(cells[~lost], samples * 2 / 3)
-
-
-def score(images, y, classifier, gone, factor, names, real_features):
-    """The metrics of samples (N, C, H, W) drawn for labels y (N, F): shares as fractions with 95 % intervals.
-
-    ua: samples of the forgotten conditions, those with a value of gone, in which no forgotten value that was asked for
-    is recognised; ua_of says it for each value alone. ira: samples of the retained conditions whose value of `factor`
-    is recognised. cra: the same samples, the other factor (None if there is none). fid, precision, recall: the retained
-    samples against real_features (M, D). Source of the names: UnlearnCanvas (Zhang et al. 2402.11846).
-    """
-    hit = predict(classifier, images) == y
-    asked = {(f, v): y[:, f] == v for f, values in gone.items() for v in values}
-    shown = torch.stack([hit[:, f] & of for (f, _), of in asked.items()]).any(0)
-    forgotten = torch.stack(list(asked.values())).any(0)
-    result = {}
-
-    def put(name, hits):
-        n = len(hits)
-        low, high = wilson(int(hits.sum()), n) if n else (None, None)
-        result.update({name: float(hits.double().mean()) if n else None, f"{name}_low": low, f"{name}_high": high,
-                       f"{name}_samples": n})
-    put("ua", ~shown[forgotten])
-    put("ira", hit[~forgotten, factor])
-    put("cra", hit[~forgotten, 1 - factor] if y.shape[1] > 1 else hit[:0, 0])
-    result["ua_of"] = {f"{FACTORS[f]} {names[f][v]}": float((~hit[of, f]).double().mean())
-                       for (f, v), of in asked.items()}
-    kept = images[~forgotten]
-    if len(kept) > 1 and len(real_features) > 1:
-        features = in_batches(classifier.features, kept)
-        result["fid"] = frechet_distance(*statistics(real_features), *statistics(features))
-        result["precision"], result["recall"] = precision_recall(real_features[:2000], features)
-    else:
-        result.update(fid=None, precision=None, recall=None)
-    result["fid_features"] = "classifier"
+    seen, forget = predict(judge, images), matches(y, count)
+    hit, shown, result = seen == y, torch.zeros(len(y), dtype=torch.bool), {"ua_of": {}}
+    for pair in count:
+        asked = matches(y, [pair])
+        shown |= hit[:, pair[0]] & asked
+        result["ua_of"][pairs_text([pair], names)] = share(~hit[asked, pair[0]])[0]
+    none = (seen == torch.tensor([len(n) for n in names])).any(1)
+    retained = {FACTORS[factor]: hit[~forget, factor] for factor in range(len(names))}
+    for name, hits in {"ua": ~shown[forget], "none": none[forget], **retained}.items():
+        result[name], result[f"{name}_low"], result[f"{name}_high"] = share(hits)
+    result.update(forget_samples=int(forget.sum()), retain_samples=int((~forget).sum()))
+    result["fid"], result["fid_error"] = None, None
+    if min(len(reference), result["retain_samples"]) > 1:
+        features = judge_features(judge, images[~forget])
+        result["fid"] = frechet_distance(reference, features)
+        result["fid_error"] = fid_error(reference, features)
     return result
 
-
-def evaluate(model, classifier, names, gone, factor, real_features, samples=240, steps=20, guidance=2.0, seed=1234,
-             label="evaluation", keep=False, retained=True):
-    """Sample forgotten and retained conditions (DDIM, guided) and score them. Returns (metrics, images uint8, labels).
-    keep: look the answer up if this model has been evaluated like this before, else keep it. retained=False: the
-    forgotten conditions alone."""
-    y = torch.cat(split_labels(names, gone, samples)[:2 if retained else 1])
-
-    def compute():
-        images = sample(model, y, steps=steps, guidance=guidance, seed=seed, label=label)
-        return score(images, y, classifier, gone, factor, names, real_features), to_uint8(images).cpu(), y
-    if not keep:
-        return compute()
-    device = model.null.device.type
-    return cached(compute, *CODE, model, model.cfg, classifier, real_features, y, steps, guidance, seed, gone, factor,
-                  device, autocast_on(model.null.device))
-
-
-def pick(images, y, wanted):
-    """For each row of wanted (M, F) one of the images (N, C, H, W) whose label in y (N, F) it is, in turn."""
-    used, index = {}, []
-    for label in wanted.tolist():
-        matches = (y == torch.tensor(label, device=y.device)).all(1).nonzero().flatten()
-        used[tuple(label)] = used.get(tuple(label), -1) + 1
-        index.append(matches[used[tuple(label)] % len(matches)])
-    return images[torch.stack(index)]
-
-
-def save_before_after(path, names, gone, y, before, after):
-    """The picture of two evaluations, images (N, C, H, W) drawn for labels y (N, F): one above the other. What is
-    gone, {factor: [value, ...]}, is shown in any case."""
-    wanted, layout = show_labels(names, wanted=gone)
-    rows = [f"{when} {style}" for when in ("before", "after") for style in layout["rows"] or ("", "", "", "")]
-    save_grid(torch.cat([pick(images, y, wanted) for images in (before, after)]), path, **{**layout, "rows": rows})
-
-
-def protocol(dataset, names, metrics, real_features, accuracy, steps, guidance, seed, train_seed, device):
-    """What a reader needs to reproduce the numbers."""
-    return {"dataset": dataset, "classes": [len(n) for n in names], "forget_samples": metrics["ua_samples"],
-            "retain_samples": metrics["ira_samples"], "real_images": len(real_features), "real_split": "train",
-            "sampler": "ddim", "sampler_steps": steps, "eta": 0, "guidance": guidance, "sampling_seed": seed,
-            "seed": train_seed, "fid_features": "classifier", "classifier_test_accuracy": accuracy,
-            "machine": machine(device)}
-
+def share(hits):
+    """(share, low, high) of a bool tensor, with its 95 % Wilson interval; Nones if it is empty."""
+    if not len(hits):
+        return None, None, None
+    interval = scipy.stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, "wilson")
+    return hits.double().mean().item(), interval.low, interval.high
 
 def percent(metrics, name):
     """"97.5 % [94.2, 99.0]" for a share in metrics, or "-"."""
     if metrics.get(name) is None:
         return "-"
-    return f"{100 * metrics[name]:.1f} % [{100 * metrics[name + '_low']:.1f}, {100 * metrics[name + '_high']:.1f}]"
+    value, low, high = (100 * metrics[key] for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
+def fid_text(metrics):
+    return "-" if metrics["fid"] is None else f"{metrics['fid']:.1f} +- {metrics['fid_error']:.1f}"
 
-# ---- command line ----------------------------------------------------------------------------------------------
+def evaluator(info, images, y, forgotten, count, args, device):
+    """(function (model, label) -> `evaluate`, the protocol of its numbers); images, y: the training
+    set, whose retained images, equally many of each label and about 4,500 in all, FID compares with."""
+    size = images.shape[2]
+    judge, accuracy = load_classifier(info["dataset"], args.data_dir, device, info["names"], size)
+    images, y = balanced(images[~matches(y, forgotten)], y[~matches(y, forgotten)], 4500)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"{torch.get_num_threads()} threads of a {device.type}"
+    protocol = {"dataset": info["dataset"], "classes": [len(n) for n in info["names"]],
+                "samples": args.samples, "real_images": len(y), "real_split": "train",
+                "sampler": "ddim", "sampler_steps": args.sampler_steps, "guidance": 2.0,
+                "noise_seed": NOISE_SEED, "seed": args.seed, "fid_features": "classifier",
+                "classifier_test_accuracy": accuracy,
+                "machine": where + (", bf16" if uses_bf16(device) else ", float32")}
+    measure = partial(evaluate, judge=judge, names=info["names"], forgotten=forgotten, count=count,
+                      reference=judge_features(judge, images), samples=args.samples,
+                      steps=args.sampler_steps)
+    return measure, protocol
 
-def read_folder(folder):
-    """All images under a folder as uint8 (N, 3, H, W); all must have one size."""
-    paths = find_images(folder)
-    if len(paths) < 2:
-        fail(f"{folder} holds {len(paths)} images; FID needs at least two (.png, .jpg, .bmp, .webp)")
-    images = []
-    for path in paths:
-        try:
-            images.append(torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1))
-        except OSError:
-            fail(f"{path} is not a readable image; remove it")
-        if images[-1].shape != images[0].shape:
-            fail(f"{path} has another size than {paths[0]}; resize the images to one size")
-    return torch.stack(images)
+def balanced(images, y, n):
+    """About n images, the first equally many of every label combination in y (N, F)."""
+    cells = torch.unique(y, dim=0)
+    index = [(y == cell).all(1).nonzero()[:max(1, n // max(1, len(cells))), 0] for cell in cells]
+    return images[torch.cat(index)], y[torch.cat(index)]
 
+def follow(steps, label, total, every, look, device):
+    """Take the steps of a generator of losses, with look(step) after every `every` of them. Returns
+    (losses (total,), the seconds of the steps alone)."""
+    losses, began = torch.zeros(total, device=device), time.time()
+    for step in progress(steps, label, total, losses=losses):
+        if every and step % every == 0 and step < total:
+            paused = time.time()
+            look(step)
+            began += time.time() - paused
+    return losses.cpu(), round(time.time() - began, 1)
+
+def save_before_after(path, names, forgotten, y, before, after):
+    """The picture of two evaluations, images (N, C, H, W) for labels y (N, F), before above after."""
+    wanted, layout = picture_labels(names, forgotten)
+    index, used = [], {}
+    for label in map(tuple, wanted.tolist()):          # one that was not sampled stays white
+        same = (y == torch.tensor(label)).all(1).nonzero().flatten().tolist() or [-1]
+        used[label] = used.get(label, -1) + 1
+        index.append(same[used[label] % len(same)])
+    before, after = (torch.cat([x, torch.full_like(x[:1], 255)]) for x in (before, after))
+    layout["rows"] = [f"{when} {row}" for when in ("before", "after") for row in layout["rows"]]
+    save_grid(torch.cat([before[index], after[index]]), path, **layout)
+
+# ---- Frechet distance, precision and recall ------------------------------------------------------
+
+def frechet_distance(real, fake):
+    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of features (N, D) and (M, D), Heusel et
+    al. 1706.08500. The trace of the root is the sum of the roots of the eigenvalues of cov1^(1/2) cov2
+    cov1^(1/2): two symmetric decompositions, faster than a matrix root, and never complex."""
+    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
+    cov1, cov2 = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+    values, vectors = np.linalg.eigh(cov1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
+    means = np.square(real.mean(0) - fake.mean(0)).sum()
+    return max(0.0, float(means + np.trace(cov1) + np.trace(cov2) - 2 * cross))
+
+def fid_error(real, fake, resamples=20):
+    """The FID's standard error: its spread over bootstrap resamples of the fake features (M, D)."""
+    rng, n = np.random.default_rng(0), len(fake)
+    again = [frechet_distance(real, fake[rng.integers(n, size=n)]) for _ in range(resamples)]
+    return float(np.std(again, ddof=1))
+
+def precision_recall(real, fake, k=3, most=2000):
+    """Improved precision and recall (Kynkaanniemi et al. 1904.06991), each in 0..1, of a random subset
+    of at most `most` of the features (N, D) and (M, D): precision is the share of fake features within
+    the k-th neighbour's distance of some real one, recall the reverse."""
+    rng = np.random.default_rng(0)
+    real, fake = (torch.as_tensor(x[rng.permutation(len(x))[:most]]).double() for x in (real, fake))
+
+    def covered(points, centres):
+        radius = torch.cdist(centres, centres).kthvalue(min(k + 1, len(centres)), 1).values     # 1: itself
+        return (torch.cdist(points, centres) <= radius).any(1).double().mean().item()
+    return covered(fake, real), covered(real, fake)
+
+# ---- InceptionV3 with FID's weights --------------------------------------------------------------
+
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")       # the end is its SHA-256's start
+
+def inception(weights=None, device="cpu"):
+    """pytorch-fid's InceptionV3: features (N, 2048) of images (N, 3, 299, 299) in [-1, 1].
+
+    It is torchvision's with 1,008 outputs, except that the pooling branches leave the padding out of
+    their averages and that the last block takes the maximum. weights: a file; without it the release
+    file is downloaded and its checksum verified.
+    """
+    with explain(f"Inception's weights cannot be loaded; get {INCEPTION_URL} and name the file with "
+                 "--inception-weights, or use --features classifier"):
+        state = torch.load(weights, map_location="cpu", weights_only=True) if weights else \
+            torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True)
+        net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
+                                              init_weights=False)
+        net.load_state_dict(state)
+
+    def repool(block, **pooling):
+        kept = {}
+        pool = F.max_pool2d if not pooling else F.avg_pool2d
+        block.register_forward_pre_hook(lambda _, args: kept.update(x=args[0]))
+        block.branch_pool.register_forward_pre_hook(
+            lambda _, args: (pool(kept.pop("x"), 3, 1, 1, **pooling),))
+
+    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+        repool(getattr(net, f"Mixed_{name}"), count_include_pad=False)
+    repool(net.Mixed_7c)
+    net.fc = nn.Identity()
+    return net.to(device).eval()
+
+# ---- the classifier ------------------------------------------------------------------------------
+
+CLASSIFIERS = {"shapes": (24, 3000), "fashion": (32, 1500), "cifar10": (64, 8000)}  # width, steps
+
+class Classifier(nn.Module):
+    """A small CNN that names class and style: x (B, C, size, size) in [-1, 1] -> a list of logits per
+    factor, whose last entry is "none": without it noise must be called something. `features(x)`
+    (B, 4 * width) are what it knows of an image before naming it: the FID features."""
+    def __init__(self, channels, classes, width, size=32):
+        super().__init__()
+        self.args = dict(channels=channels, classes=list(classes), width=width, size=size)
+        w, layers = width, []
+        for c_in, c_out, stride in ((channels, w, size // 32), (w, 2 * w, 2), (2 * w, 2 * w, 1),
+                                    (2 * w, 4 * w, 2), (4 * w, 4 * w, 1), (4 * w, 4 * w, 2)):
+            conv = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+            layers.append(nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU()))
+        self.body = nn.Sequential(*layers)
+        self.embed = nn.Sequential(nn.Flatten(), nn.Linear(64 * w, 4 * w), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Linear(4 * w, n + 1) for n in classes)
+
+    def features(self, x):
+        with autocast(x.device):
+            return self.embed(self.body(x)).float()
+
+    def forward(self, x):
+        h = self.features(x)
+        return [head(h) for head in self.heads]
+
+@torch.inference_mode()
+def in_batches(network, images, device):
+    """network's outputs for images (N, C, H, W), uint8 or in [-1, 1], on the CPU."""
+    scaled = (x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x for x in images.split(250))
+    return torch.cat([network(x.to(device)).cpu() for x in scaled])
+
+def judge_features(judge, images):
+    """The FID features (N, D) of images (N, C, H, W)."""
+    return in_batches(judge.features, images, judge.heads[0].weight.device).numpy()
+
+def predict(judge, images):
+    """The recognised values (N, F) of images (N, C, H, W); the last value is "none"."""
+    def answers(x):
+        return torch.stack([logits.argmax(1) for logits in judge(x)], 1)
+    return in_batches(answers, images, judge.heads[0].weight.device)
+
+def uniform(low, high, x, *shape):
+    """Random numbers (len(x), *shape), on the device of x."""
+    return low + (high - low) * torch.rand(len(x), *shape, device=x.device)
+
+def garbage(x):
+    """What a ruined model may draw in place of x (n, C, H, W): noise of any grain, coloured or grey,
+    on any ground, or flat colour, with at most a shadow (10 %) of x in it."""
+    (n, c, h, w), grains = x.shape, []
+    for size in (h, h // 2, h // 4, h // 8, 2, 1):
+        noise = uniform(-1, 1, x, c, size, size)
+        noise = noise + uniform(0, 1, x, 1, 1, 1) * torch.randn_like(noise)
+        grains.append(F.interpolate(noise, (h, w), mode="bilinear"))
+    kind = torch.randint(len(grains), (n,), device=x.device)
+    noise = torch.stack(grains)[kind, torch.arange(n, device=x.device)]
+    noise = torch.where(uniform(0, 1, x, 1, 1, 1) < 0.4, noise.mean(1, keepdim=True), noise)
+    ground = uniform(-1, 1, x, c, 1, 1) * uniform(0, 1, x, 1, 1, 1).round()
+    noise = ground + uniform(0.1, 1.5, x, 1, 1, 1) * noise
+    noise = noise + uniform(0, 0.2, x, 1, 1, 1) * torch.randn_like(x)
+    shadow = uniform(0, 0.1, x, 1, 1, 1)
+    return (shadow * x + (1 - shadow) * noise).clamp(-1, 1)
+
+def augment(x):
+    """x (n, C, H, W) as a damaged model may still draw it: enlarged or shrunk, turned, shifted,
+    recoloured, pale or saturated, under a colour cast, blotches and noise. All of it must be
+    recognised: what a picture shows has not been forgotten, and what comes back is seldom clean."""
+    n, c, h, w = x.shape
+    scale, turn = 2 ** uniform(-0.7, 0.7, x), uniform(-0.2, 0.2, x)
+    cos, sin = turn.cos() / scale, turn.sin() / scale
+    affine = [cos, -sin, uniform(-0.2, 0.2, x), sin, cos, uniform(-0.2, 0.2, x)]
+    places = F.affine_grid(torch.stack(affine, 1).view(n, 2, 3), x.shape, align_corners=False)
+    x = F.grid_sample(x, places, padding_mode="border", align_corners=False)
+    channels = uniform(0, 1, x, c).argsort(1)[:, :, None, None]
+    x = x.gather(1, channels.expand_as(x))
+    grey = x.mean(1, keepdim=True)
+    x = grey + uniform(0.4, 2.5, x, 1, 1, 1) * (x - grey)
+    x = 2 ** uniform(-1, 1.5, x, 1, 1, 1) * x + uniform(-0.5, 0.5, x, c, 1, 1)
+    blotches = F.interpolate(uniform(-1, 1, x, c, 4, 4), (h, w), mode="bilinear")
+    x = x.clamp(-1, 1) + uniform(0, 0.3, x, 1, 1, 1) * blotches
+    return (x + uniform(0, 0.2, x, 1, 1, 1) * torch.randn_like(x)).clamp(-1, 1)
+
+def classifier_steps(net, images, y, steps, batch_size, lr=3e-3, flip=False):
+    """Train the classifier; yield each step's loss. Of a batch an eighth is garbage, to be called none,
+    a quarter as it is, the rest augmented; all is shifted by up to 2 pixels."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=0.1)
+    none = torch.tensor([head.out_features - 1 for head in net.heads], device=y.device)
+    for _ in range(steps):
+        x, labels = get_batch(images, y, batch_size, flip)
+        spoilt, plain = max(len(x) // 8, 1), len(x) * 3 // 8
+        x[plain:] = augment(x[plain:])
+        x[:spoilt], labels[:spoilt] = garbage(x[:spoilt]), none
+        x = x.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
+        loss = sum(F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(net(x)))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        yield loss.detach()
+
+def train_classifier(folder, dataset, data_dir, device, size, seed=0, steps=None, batch_size=128):
+    """Train on the train split and save into `folder`: model.pt, and samples.png with test images
+    that it gets wrong. Returns (classifier, accuracy on the test split: a list per factor)."""
+    images, y, names = load_data(dataset, "train", data_dir, device, size)
+    x, labels, _ = load_data(dataset, "test", data_dir, size=size)
+    require(len(x), f"'{data_dir}' has one picture of each class, too few for a classifier: add some")
+    width, usual = CLASSIFIERS.get(dataset, (64, min(8000, max(200, len(images) // 2))))
+    steps = usual if steps is None else steps
+    torch.manual_seed(seed)
+    net = Classifier(images.shape[1], [len(n) for n in names], width, images.shape[2])
+    net = net.to(device, memory_format=torch.channels_last)
+    print(f"classifier of {dataset}: {len(images)} images, {steps} steps at batch {batch_size}")
+    training = classifier_steps(net, images, y, steps, batch_size, flip=dataset == "cifar10")
+    follow(training, "classifier", steps, None, None, device)
+    hit = predict(net.eval(), x) == labels
+    accuracy, wrong = hit.double().mean(0).tolist(), (~hit).any(1).nonzero()[:40, 0]
+    save_grid(x[wrong] if len(wrong) else x[:40], folder / "samples.png", columns=10)
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    key = folder_key(data_dir) if dataset == "folder" else ""
+    data = dict(format=1, kind="classifier", dataset=dataset, names=names, args=net.args, seed=seed,
+                key=key, accuracy=accuracy, steps=steps, weights=weights)
+    write_file(folder / "model.pt", lambda tmp: torch.save(data, tmp))
+    words = ", ".join(f"{factor} {100 * a:.2f} %" for factor, a in zip(FACTORS, accuracy))
+    print(f"accuracy on {len(x)} test images: {words}\nwrote {folder}/model.pt and samples.png")
+    return net, accuracy
+
+def load_classifier(dataset, data_dir, device, names, size=32):
+    """(classifier, its test accuracy): the newest one trained here for these names, size and folder,
+    else the shipped one, else it is trained now."""
+    paths = sorted(Path("runs", dataset).glob("classifier*/model.pt"), key=lambda p: -p.stat().st_mtime)
+    wanted = names, size, folder_key(data_dir) if dataset == "folder" else ""
+    for path in filter(Path.is_file, [*paths, shipped(f"{dataset}_classifier.pt")]):
+        data = read_file(path, "classifier")
+        if (data["names"], data["args"]["size"], data["key"]) == wanted:
+            net = Classifier(**data["args"]).float().to(device, memory_format=torch.channels_last)
+            net.load_state_dict(data["weights"])
+            return net.eval(), data["accuracy"]
+        print(f"{path} knows other {dataset} data: not used")
+    folder = run_folder(Path("runs", dataset, "classifier"))
+    return train_classifier(folder, dataset, data_dir, device, size)
+
+# ---- command line --------------------------------------------------------------------------------
 
 def images_from(source, args, device):
-    """(uint8 images, labels or None, how they came) for a folder, a checkpoint, or "train"/"test"."""
+    """(paths or uint8 images, labels or None, how they came) of folder, checkpoint, train or test."""
     if source in ("train", "test"):
-        x, y, names = load_data(args.dataset, source, args.data_dir, size=args.image_size)
-        x, y = balanced(x, y, max(1, args.samples // len(all_labels(names, 1))))
-        return x, y, f"{args.dataset} {source} split"
-    path = model_file(source)
-    if Path(source).is_dir() and not path.is_file():
-        return read_folder(source), None, "folder"
-    model, info = load_checkpoint(path, device)
-    if info["dataset"] != args.dataset:
-        fail(f"{path} draws {info['dataset']}; add --dataset {info['dataset']}")
-    y = all_labels(info["names"], 1)
+        x, y, _ = load_data(args.dataset, source, args.data_dir, size=args.image_size)
+        return *balanced(x, y, args.samples), f"{args.dataset} {source} split"
+    if Path(source).is_dir() and not checkpoint_file(source).is_file():
+        return find_images(source), None, "folder"
+    model, info = load_checkpoint(source, device)
+    require(info["dataset"] == args.dataset, f"{source} draws {info['dataset']}; add --dataset "
+            f"{info['dataset']}")
+    y = all_labels(info["names"])
     y = y.repeat_interleave(max(1, args.samples // len(y)), 0)
-    x = sample(model, y, steps=args.sampler_steps, guidance=args.guidance, sampler=args.sampler, seed=args.seed,
-               label="samples")
-    steps = 1000 if args.sampler == "ddpm" else args.sampler_steps
-    how = f"samples, {steps} {args.sampler.upper()} steps, guidance {args.guidance:g}, seed {args.seed}"
-    return to_uint8(x).cpu(), y, how
+    images = to_uint8(sample(model, y, args.sampler_steps, seed=args.seed, label="samples")).cpu()
+    return images, y, f"samples, {args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}"
 
+def prepare(image, size, channels, kind):
+    """A picture's path, or uint8 (C, H, W), as the network wants it: (1, channels, size, size) in
+    [-1, 1]. For Inception it is resized as pytorch-fid does, bilinear without antialiasing."""
+    with explain(f"{image} is not a readable image; remove it" if isinstance(image, Path) else ""):
+        if isinstance(image, Path) and kind == "classifier":
+            image = read_image(image, size, "L" if channels == 1 else "RGB")
+        elif isinstance(image, Path):
+            image = torch.from_numpy(np.array(Image.open(image).convert("RGB"))).permute(2, 0, 1)
+    x = image[None].float() / 127.5 - 1
+    x = x.mean(1, keepdim=True) if channels == 1 else x.expand(-1, channels, -1, -1)
+    return x if x.shape[2:] == (size, size) else F.interpolate(x, (size, size), mode="bilinear")
+
+@torch.inference_mode()
+def features_of(images, network, device, label, *how):
+    """Features (N, D) of paths or images, batch by batch: the pictures are never all in memory."""
+    parts = []
+    for n in progress(range(math.ceil(len(images) / 50)), label, math.ceil(len(images) / 50)):
+        x = torch.cat([prepare(image, *how) for image in images[50 * n - 50:50 * n]])
+        parts.append(network(x.to(device)).cpu())
+    return torch.cat(parts).numpy()
 
 def main():
-    parser = Parser(__doc__)
-    parser.add_argument("real", nargs="?", metavar="REAL", help="folder, checkpoint, run folder, train or test")
-    parser.add_argument("fake", nargs="?", metavar="FAKE", help="the same")
-    dataset_flag(common_flags(parser, 1000, "images of a checkpoint or of a split", 50))
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--features", choices=("inception", "classifier"), help="default: inception for two folders, "
-                       "else the dataset's classifier")
-    group.add_argument("--inception-weights", metavar="FILE", help="pytorch-fid's weights, if there is no network")
-    group.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="for checkpoints")
-    group.add_argument("--train-classifier", action="store_true", help="train the dataset's classifier and stop "
-                       "(--steps, --batch-size, --lr and --resume are for this)")
+    parser = make_parser(__doc__)
+    flag = parser.add_argument
+    flag("real", nargs="?", metavar="REAL", help="folder, checkpoint, run folder, train or test")
+    flag("fake", nargs="?", metavar="FAKE", help="the same")
+    flag("--features", choices=("inception", "classifier"), help="inception for two folders")
+    flag("--inception-weights", metavar="FILE", help="pytorch-fid's, if there is no network")
+    flag("--samples", type=number(int, 2, 10 ** 6), default=1000, help="of model or split (1000)")
+    flag("--sampler-steps", type=number(int, 1, 1000), default=50, help="DDIM steps (default 50)")
+    flag("--image-size", type=int, choices=(32, 64, 128), default=64, help="of a folder (64)")
+    flag("--train-classifier", action="store_true", help="train the dataset's classifier and stop")
+    flag("--steps", type=number(int, 0), help="of its training; default by dataset")
+    flag("--batch-size", type=number(int, 1, 65536), default=128, help="of its training (128)")
+    data_flags(flag, "fid, or classifier")
     args = parser.parse_args()
-    device, started = pick_device(args.device), time.time()
-
+    device, args.dataset = pick_device(args.device), args.dataset or "shapes"
     if args.train_classifier:
-        folder = run_folder(args.out, Path("runs") / args.dataset / "classifier", args.resume)
-        options = {k: v for k in ("steps", "batch_size", "lr") if (v := getattr(args, k)) is not None}
-        net, accuracy, loop = train_classifier(args.dataset, args.data_dir, device, args.image_size, args.seed,
-                                               path=folder / "train.pt", resume=args.resume, **options)
-        save_classifier(folder / "model.pt", net, args.dataset, accuracy)
-        x, y, _ = load_data(args.dataset, "test", args.data_dir, device, args.image_size)
-        wrong = (predict(net, x) != y.cpu()).any(1).nonzero()[:40, 0]
-        save_grid(x[wrong if len(wrong) else slice(0, 40)], folder / "samples.png", columns=10)
-        write_json(folder / "result.json", {
-            "stage": "classifier", "dataset": args.dataset, "accuracy": dict(zip(FACTORS, accuracy)),
-            "args": vars(args),
-            "protocol": {"split": "test", "images": len(x), "seed": args.seed}, "steps": loop.steps,
-            "seconds": loop.data["seconds"]})
-        print("accuracy on the test split: " + ", ".join(f"{f} {100 * a:.2f} %" for f, a in zip(FACTORS, accuracy)))
-        size = f" --image-size {args.image_size}" if args.image_size != 64 else ""
-        model = "assets/shapes.pt" if args.dataset == "shapes" else f"runs/{args.dataset}/pretrain"
-        print(f"wrote {folder}/model.pt, and samples.png with images it gets wrong\n"
-              f"next: python fid.py test {model} --dataset {args.dataset}{same_data(args)}{size}")
+        folder = run_folder(args.out or Path("runs", args.dataset, "classifier"))
+        train_classifier(folder, args.dataset, args.data_dir, device, args.image_size, args.seed,
+                         args.steps, args.batch_size)
         return
-    if not args.real or not args.fake:
-        fail("name two sources, such as: python fid.py test assets/shapes.pt; see 'python fid.py --help'")
-
-    (real, _, real_how), (fake, y, fake_how) = (images_from(s, args, device) for s in (args.real, args.fake))
-    if min(len(real), len(fake)) < 2:
-        fail(f"there are {len(real)} real and {len(fake)} fake images; FID needs at least two of each")
+    require(args.fake, "name two sources, such as: python fid.py test assets/shapes.pt; or see --help")
+    real, _, real_how = images_from(args.real, args, device)
+    fake, y, fake_how = images_from(args.fake, args, device)
+    require(min(len(real), len(fake)) > 1, f"there are {len(real)} real and {len(fake)} fake images; "
+            "FID needs at least two of each")
     kind = args.features or ("inception" if real_how == fake_how == "folder" else "classifier")
-    result = {"stage": "fid", "dataset": args.dataset, "real": args.real, "fake": args.fake, "fid_features": kind}
-    accuracy = None
+    result, accuracy = {"stage": "fid", "real": args.real, "fake": args.fake}, None
     if kind == "inception":
-        extract, network = inception(args.inception_weights, device)
+        network, how = inception(args.inception_weights, device), (299, 3, kind)
     else:
-        names, size = label_names(args.dataset, args.data_dir), real.shape[2] if args.dataset == "folder" else 32
-        if real.shape[2:] != (size, size) or fake.shape[2:] != (size, size):
-            fail(f"the classifier looks at {size} x {size} images only; use --features inception for these")
-        classifier, accuracy = load_classifier(args.dataset, args.data_dir, device, names, size)
-        channels = classifier.args["channels"]
-        real, fake = (x.float().mean(1, keepdim=True).to(torch.uint8) if x.shape[1] > channels else
-                      x.expand(-1, channels, -1, -1) for x in (real, fake))
-        extract, network = lambda x: classifier.features(x.to(device)), classifier
-        if y is not None:
-            hits = predict(classifier.cpu(), fake) == y
-            classifier.to(device)
-            for i, factor in enumerate(FACTORS[:y.shape[1]]):
-                low, high = wilson(int(hits[:, i].sum()), len(hits))
-                result.update({factor: hits[:, i].double().mean().item(), f"{factor}_low": low, f"{factor}_high": high})
-                print(f"{factor} recognised: {percent(result, factor)}")
-    f1 = cached(lambda: in_batches(extract, real, 50, "real"), *CODE, real, kind, network)
-    f2 = in_batches(extract, fake, 50, "fake")
-    result["fid"] = frechet_distance(*statistics(f1), *statistics(f2))
+        size = args.image_size if args.dataset == "folder" else 32
+        names = load_data(args.dataset, "test", args.data_dir, size=size)[2]
+        judge, accuracy = load_classifier(args.dataset, args.data_dir, device, names, size)
+        network, how = judge.features, (size, judge.args["channels"], kind)
+    for factor in range(0 if y is None or kind == "inception" else y.shape[1]):
+        name = FACTORS[factor]
+        shares = share(predict(judge, fake)[:, factor] == y[:, factor])
+        result.update(zip((name, f"{name}_low", f"{name}_high"), shares))
+        print(f"{name} recognised: {percent(result, name)}")
+    f1 = features_of(real, network, device, "real", *how)
+    f2 = features_of(fake, network, device, "fake", *how)
+    result["fid"] = frechet_distance(f1, f2)
+    print(f"FID ({kind} features): {result['fid']:.3f}")
     result["precision"], result["recall"] = precision_recall(f1, f2)
-    result["protocol"] = {"dataset": args.dataset, "real_images": len(real), "fake_images": len(fake), "real": real_how,
-                          "fake": fake_how, "fid_features": kind, "seed": args.seed,
-                          "classifier_test_accuracy": accuracy, "machine": machine(device)}
-    result.update(args=vars(args), seconds=round(time.time() - started, 1), steps=0)
-    print(f"FID ({kind} features): {result['fid']:.3f}   precision {result['precision']:.3f}   recall "
-          f"{result['recall']:.3f}\nreal: {len(real)} images, {real_how}; fake: {len(fake)} images, {fake_how}")
-    folder = run_folder(args.out, Path("runs") / args.dataset / "fid")
-    n = min(40, len(real), len(fake))
-    pick = lambda x: x[torch.linspace(0, len(x) - 1, n).long()].expand(-1, 3, -1, -1)
-    if real.shape[2:] == fake.shape[2:]:
-        save_grid(torch.cat([pick(real), pick(fake)]), folder / "samples.png", columns=n)
-    write_json(folder / "result.json", result)
+    result["fid_error"] = fid_error(f1, f2)
+    result["protocol"] = {"real": real_how, "real_images": len(real), "fake": fake_how,
+                          "fake_images": len(fake), "fid_features": kind, "precision_subset": 2000,
+                          "classifier_test_accuracy": accuracy}
+    print(f"standard error {result['fid_error']:.3f}, precision {result['precision']:.3f}, recall "
+          f"{result['recall']:.3f}\nreal: {len(real)}, {real_how}; fake: {len(fake)}, {fake_how}")
+    folder = run_folder(args.out or Path("runs", args.dataset, "fid"))
+    shown = [x[i * len(x) // 20] for x in (real, fake) for i in range(20)]
+    thumbs = torch.cat([F.interpolate(prepare(image, *how), (64, 64)) for image in shown])
+    save_grid(thumbs, folder / "samples.png", columns=20, scale=1)
+    write_json(folder / "result.json", {**result, "args": vars(args)})
     print(f"wrote {folder}/result.json and samples.png (above: real, below: fake)")
 
-
 if __name__ == "__main__":
-    run_script(main)
+    run(main)
