@@ -179,7 +179,20 @@ def make_table(folder):
 
 # ---- stage 3 -------------------------------------------------------------------------------------
 
-def main():
+def limit(model, images, y, retained, count, args):
+    """What learns, from what: with --only-embedding the label embeddings alone; else few-shot images
+    (with labels y) take turns with retained ones. Returns (images, labels, label dropout)."""
+    if args.only_embedding:
+        for key, p in model.named_parameters():
+            p.requires_grad_(key in [f"label_embs.{factor}.weight" for factor, _ in count])
+        return images, y, 0.0                  # or the null embedding would learn the images, too
+    if args.aux.startswith("fewshot:"):        # half of a batch is retained data, to keep the rest
+        times = math.ceil(len(retained[1]) / len(y))
+        images = torch.cat([retained[0], images.repeat(times, 1, 1, 1)])
+        y = torch.cat([retained[1], y.repeat(times, 1)])
+    return images, y, 0.1
+
+def parse():
     parser = make_parser(__doc__)
     flag = parser.add_argument
     flag("run", nargs="?", metavar="RUN", help="a run folder of unlearn.py, or a checkpoint")
@@ -194,7 +207,10 @@ def main():
     flag("--sampler-steps", type=number(int, 1, 1000), default=20, help="DDIM steps (default 20)")
     data_flags(flag, "attack-<run>-<aux>")
     step_flags(flag)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+def main():
+    args = parse()
     if args.table:
         return make_table(args.table)
     require(args.run, "name what to attack, such as runs/shapes/dimum-cls1; or see --help")
@@ -212,21 +228,14 @@ def main():
     measure, protocol = evaluator(info, *train, forgotten, count, args, device)
     torch.manual_seed(args.seed)
     images, y = auxiliary_set(args.aux, model, info, train, forgotten, args.data_dir)
-    name = path.parent.name if "from" in made_by else pairs_slug(count)
+    name = f"{made_by.get('method', 'original')}-{pairs_slug(count)}"
+    name = path.parent.name if "from" in made_by else name
     aux = Path(args.aux).name.replace(":", "") + ("-embedding" if args.only_embedding else "")
     folder = run_folder(args.out or Path("runs", args.dataset, f"attack-{name}-{aux}"))
     print(f"DiMRA on {path}: {len(y)} auxiliary images ({args.aux}), {args.steps} steps, batch "
           f"{args.batch_size}, lr {args.lr:g}; counting {pairs_text(count, names)}")
-    p_drop, curve = 0.1, []
-    if args.only_embedding:
-        for key, p in model.named_parameters():
-            p.requires_grad_(key in [f"label_embs.{factor}.weight" for factor, _ in count])
-        p_drop = 0.0                           # or the null embedding would learn the images, too
-    elif args.aux.startswith("fewshot:"):      # half of a batch is retained data, to keep the rest
-        retained = [part[~matches(train[1], forgotten)] for part in train]
-        times = math.ceil(len(retained[1]) / len(y))
-        images = torch.cat([retained[0], images.repeat(times, 1, 1, 1)])
-        y = torch.cat([retained[1], y.repeat(times, 1)])
+    retained, curve = [part[~matches(train[1], forgotten)] for part in train], []
+    images, y, p_drop = limit(model, images, y, retained, count, args)
     if args.compile:
         model.compile()
 

@@ -362,7 +362,7 @@ def show(before, after, args):
           f"steps, guidance 2, seed {args.seed}; 95 % intervals; FID on classifier features, with its "
           "standard error)")
 
-def main():
+def parse():
     parser = make_parser(__doc__)
     flag = parser.add_argument
     flag("--method", choices=[*METHODS, "sfront"], default="dimum", help="default dimum")
@@ -380,6 +380,10 @@ def main():
     step_flags(flag)
     args = parser.parse_args()
     args.method = args.method.replace("sfront", "sfron")           # the paper writes Sfront
+    return args
+
+def main():
+    args = parse()
     device, path = pick_device(args.device), find_model(args)
     model, info = load_checkpoint(path, device)
     require(args.dataset in (None, info["dataset"]), f"{path} draws {info['dataset']}: leave --dataset "
