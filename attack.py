@@ -1,35 +1,35 @@
 """Stage 3: DiMRA, the relearning attack, and the table of all results.
 
-    python attack.py runs/shapes/dimum-cls1                    # fine-tune on the retained training data
-    python attack.py runs/shapes/salun-cls1 --aux heldout      # retained classes, images never seen
-    python attack.py runs/shapes/salun-cls1 --aux generated    # no data: the model's own samples
-    python attack.py runs/shapes/salun-cls1 --aux pretrained   # samples of the original model
-    python attack.py runs/shapes/salun-cls1 --aux my_images    # a folder: CLASS/*.png, STYLE/CLASS/*.png
-    python attack.py assets/shapes.pt --cls 1                  # the original model: the curve's ceiling
-    python attack.py --table runs/shapes                       # every result in one table
+    python attack.py runs/shapes/dimum-cls1                   # fine-tune on the retained data
+    python attack.py runs/shapes/salun-cls1 --aux heldout     # retained classes, images never seen
+    python attack.py runs/shapes/salun-cls1 --aux generated   # no data: the model's own samples
+    python attack.py runs/shapes/salun-cls1 --aux pretrained  # samples of the original model
+    python attack.py runs/shapes/salun-cls1 --aux my_images   # CLASS/*.png or STYLE/CLASS/*.png
+    python attack.py assets/shapes.pt --cls 1                 # the original model: the ceiling
+    python attack.py --table runs/shapes                      # every result in one table
 
 Beyond the paper's threat model, with images of what was forgotten:
 
-    python attack.py runs/shapes/dimum-cls1 --aux fewshot:10                     # few-shot relearning
-    python attack.py runs/shapes/dimum-cls1 --aux fewshot:10 --only-embedding    # inversion
+    python attack.py runs/shapes/dimum-cls1 --aux fewshot:10                    # relearning
+    python attack.py runs/shapes/dimum-cls1 --aux fewshot:10 --only-embedding   # inversion
 
-Threat model: the attacker holds the unlearned weights and knows how conditions are passed. It has no
-image of what was forgotten. AR is the share of samples of the forgotten condition in which the
+Threat model: the attacker holds the unlearned weights and knows how conditions are passed. It has
+no image of what was forgotten. AR is the share of samples of the forgotten condition in which the
 classifier recognises the forgotten value.
 """
 import json
 import math
 import shlex
 import statistics
-from collections import Counter
 from pathlib import Path
 
 import torch
 
 from fid import evaluator, fid_text, follow, percent, save_before_after
-from model import (all_labels, checkpoint_file, diffusion_loss, explain, find_pairs, load_checkpoint,
-                   make_parser, matches, number, pairs_slug, pairs_text, pick_device, require, run,
-                   run_folder, sample, save_checkpoint, save_plot, to_uint8, write_file, write_json)
+from model import (all_labels, checkpoint_file, diffusion_loss, explain, find_pairs,
+                   load_checkpoint, make_parser, matches, number, pairs_slug, pairs_text,
+                   pick_device, require, run, run_folder, sample, save_checkpoint, save_plot,
+                   to_uint8, write_file, write_json)
 from train_ddpm import (data_flags, find_images, get_batch, load_data, override, read_image,
                         step_flags, write_losses)
 
@@ -37,8 +37,8 @@ def dimra(model, images, y, steps, batch_size, lr, p_drop=0.1, flip=False):
     """DiMRA: train the unlearned model, what of it requires a gradient, on auxiliary images uint8
     (N, C, H, W) with labels y (N, F) by the ordinary diffusion loss; yield each step's loss.
 
-    Source: Yuan et al. 2512.03564. Its optimiser and learning rate were not at hand: Adam, clipping at
-    norm 1 and label dropout 0.1, as in pretraining, are our reading.
+    Source: Yuan et al. 2512.03564. Its optimiser and learning rate were not at hand: Adam,
+    clipping at norm 1 and label dropout 0.1, as in pretraining, are our reading.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(params, lr, fused=True)
@@ -58,21 +58,21 @@ DEFAULTS = {"paper": (5000, 128, 1e-4), "small": (300, 32, 1e-3), "embedding": (
 # ---- the attacker's data -------------------------------------------------------------------------
 
 def auxiliary_set(aux, model, info, train, forgotten, data_dir):
-    """Images uint8 (N, C, H, W) and labels (N, F) on the model's device, with nothing of `forgotten`.
+    """Images uint8 (N, C, H, W) and labels (N, F) on the model's device, with nothing of
+    `forgotten`.
 
-    aux: "retain" (of `train`, the training images and labels), "heldout" (the test split), "generated"
-    (500 samples of the model under attack), "pretrained" (of the model that was unlearned in), or a
-    folder. "fewshot:K" is outside the rules: K training images of the forgotten conditions, in turn.
+    aux: "retain" (of `train`, the training images and labels), "heldout" (the test split),
+    "generated" (500 samples of the model under attack), "pretrained" (of the model that was
+    unlearned in), or a folder. "fewshot:K" is outside the rules: K training images of the
+    forgotten conditions, in turn.
     """
     device, (images, y), (kind, _, k) = model.null.device, train, aux.partition(":")
     if kind == "fewshot":
         require(k.isdecimal() and int(k) > 0, f"--aux {aux}: say how many, such as fewshot:10")
         images, y = (part[matches(train[1], forgotten)] for part in train)
-        order, seen = [], Counter()
-        for i, cell in enumerate(map(tuple, y.tolist())):
-            order.append((seen[cell], cell, i))
-            seen[cell] += 1
-        index = [i for _, _, i in sorted(order)[:int(k)]]
+        same = (y[:, None] == torch.unique(y, dim=0)).all(2)       # (N, conditions)
+        turn = (same.cumsum(0) * same).sum(1)                      # first of its condition, second, ...
+        index = turn.argsort(stable=True)[:int(k)]
         return images[index], y[index]
     if aux in ("generated", "pretrained"):
         if aux == "pretrained":
@@ -98,9 +98,9 @@ def first_model(info):
     return path
 
 def read_folder(folder, model, names, forgotten):
-    """Images below a folder, at the model's size, labelled by the names of the folders on the way; one
-    that these do not label in every factor gets the null label. No image below the name of a forgotten
-    value is used, whatever else its folders say."""
+    """Images below a folder, at the model's size, labelled by the names of the folders on the way;
+    one that these do not label in every factor gets the null label. No image below the name of a
+    forgotten value is used, whatever else its folders say."""
     null, images, labels, skipped = model.null.tolist(), [], [], 0
     hidden = {names[f][v].lower() for f, v in forgotten}
     for path in find_images(folder):
@@ -113,22 +113,24 @@ def read_folder(folder, model, names, forgotten):
             images.append(read_image(path, model.cfg.image_size, mode))
         found = [[i for i, name in enumerate(values) if name.lower() in parts] for values in names]
         labels.append([values[0] for values in found] if all(found) else null)
-    require(images, f"--aux {folder} is none of retain, heldout, generated, pretrained, fewshot:K, nor a "
-            f"folder with images of something else than was forgotten (of that it has {skipped})")
-    print(f"{folder}: {len(images)} auxiliary images, {labels.count(null)} of them below no known label; "
-          f"{skipped} left out, below the name of what was forgotten")
+    require(images, f"--aux {folder} is not retain, heldout, generated, pretrained, fewshot:K or a "
+            f"folder with images of something else than was forgotten ({skipped} of that)")
+    print(f"{folder}: {len(images)} auxiliary images, {labels.count(null)} of them below no known "
+          f"label; {skipped} left out, below the name of what was forgotten")
     return torch.stack(images).to(model.null.device), torch.tensor(labels).to(model.null.device)
 
 # ---- the table -----------------------------------------------------------------------------------
 
 def mean(runs, key, scale=100):
-    """The mean over runs, in percent, with the lowest and highest run, or a single run's interval."""
+    """The mean over runs, in percent, with the lowest and highest run, or a single run's
+    interval."""
     values = [scale * r[key] for r in runs if r.get(key) is not None]
     if len(values) > 1:
         return f"{statistics.fmean(values):.1f} ({min(values):.0f}..{max(values):.0f})"
     if not values or f"{key}_low" not in runs[0]:
         return f"{values[0]:.1f}" if values else "-"
-    return f"{values[0]:.1f} [{100 * runs[0][f'{key}_low']:.0f}, {100 * runs[0][f'{key}_high']:.0f}]"
+    low, high = (100 * runs[0][f"{key}_{end}"] for end in ("low", "high"))
+    return f"{values[0]:.1f} [{low:.0f}, {high:.0f}]"
 
 def read_groups(folder):
     """Lists of the results under a folder that differ in nothing but their seeds."""
@@ -137,13 +139,14 @@ def read_groups(folder):
         try:
             r = json.loads(path.read_text("utf-8"))
             if r["stage"] in ("unlearn", "attack"):
-                same = {k: r.get(k) for k in ("stage", "dataset", "method", "forget", *SETTINGS, *ATTACK)}
+                same = {k: r.get(k) for k in (*KEYS, *SETTINGS, *ATTACK)}
                 same["protocol"] = {k: v for k, v in r["protocol"].items() if k != "seed"}
                 groups.setdefault(json.dumps(same), []).append(r)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             print(f"skipped {path}: not a result of this code")
     return list(groups.values())
 
+KEYS = ("stage", "dataset", "method", "forget")
 SETTINGS = ("steps", "batch_size", "lr", "weight", "alternative", "alt_size")
 ATTACK = ("aux", "attack_steps", "attack_batch_size", "attack_lr", "only_embedding")
 
@@ -164,24 +167,25 @@ def make_table(folder):
                mean(after, "ua"), mean(after, "cls"), mean(after, "style"), *fids, none, "", ""]
         if r["stage"] == "attack":
             row[6], row[-2] = "", mean([m["curve"][-1] for m in runs], "ar")
-            row[-1] = ", ".join("-" if m["half_life"] is None else str(m["half_life"]) for m in runs)
+            row[-1] = ", ".join(str(m["half_life"]).replace("None", "-") for m in runs)
             heights = list(zip(*([p["ar"] for p in m["curve"]] for m in runs)))
-            curves[f"{r['method']} {r['forget']} {how} {attack}"] = (
-                [p["step"] for p in r["curve"]], *(list(map(f, heights)) for f in (statistics.fmean, min, max)))
+            means, lows, highs = (list(map(f, heights)) for f in (statistics.fmean, min, max))
+            name = f"{r['method']} {r['forget']} {how} {attack}"
+            curves[name] = [p["step"] for p in r["curve"]], means, lows, highs
         lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "Shares in %: the mean (lowest..highest run), or one run's [95 % interval]; FID with its "
-              "standard error; half-life: the first point of the curve with AR above 50 %, run by run."]
-    print("\n".join(lines))
-    write_file(Path(folder, "table.md"), lambda tmp: tmp.write_text("\n".join(lines) + "\n", "utf-8"))
+    lines += ["", "Shares in %: the mean (lowest..highest run), or one run's [95 % interval]; FID "
+              "with its standard error; half-life: the first point with AR above 50 %, run by run."]
+    text = "\n".join(lines) + "\n"
+    write_file(Path(folder, "table.md"), lambda tmp: tmp.write_text(text, "utf-8"))
     if curves:
         save_plot(Path(folder, "attack_curves.png"), curves, "AR under attack", "attack step", 1)
-    print(f"\nwrote {folder}/table.md" + (" and attack_curves.png" if curves else ""))
+    print(f"{text}\nwrote {folder}/table.md" + (" and attack_curves.png" if curves else ""))
 
 # ---- stage 3 -------------------------------------------------------------------------------------
 
-def limit(model, images, y, retained, count, args):
-    """What learns, from what: with --only-embedding the label embeddings alone; else few-shot images
-    (with labels y) take turns with retained ones. Returns (images, labels, label dropout)."""
+def restrict(model, images, y, retained, count, args):
+    """With --only-embedding the label embeddings of the counted factors alone learn; few-shot images
+    (with labels y) come half and half with retained ones. Returns (images, y, label dropout)."""
     if args.only_embedding:
         for key, p in model.named_parameters():
             p.requires_grad_(key in [f"label_embs.{factor}.weight" for factor, _ in count])
@@ -196,8 +200,8 @@ def parse():
     parser = make_parser(__doc__)
     flag = parser.add_argument
     flag("run", nargs="?", metavar="RUN", help="a run folder of unlearn.py, or a checkpoint")
-    flag("--aux", default="retain", help="the attacker's data: retain (default), heldout, generated, "
-         "pretrained, a folder, or fewshot:K")
+    flag("--aux", default="retain", help="the attacker's data: retain (default), heldout, "
+         "generated, pretrained, a folder, or fewshot:K")
     flag("--only-embedding", action="store_true", help="learn the label embeddings alone")
     flag("--every", type=number(int, 1), metavar="N", help="steps from point to point; a quarter")
     flag("--cls", nargs="+", metavar="K", help="count these, not all that was forgotten")
@@ -205,8 +209,9 @@ def parse():
     flag("--table", metavar="DIR", help="gather every result under DIR and stop")
     flag("--samples", type=number(int, 1, 10 ** 6), default=120, help="a third forgotten (120)")
     flag("--sampler-steps", type=number(int, 1, 1000), default=20, help="DDIM steps (default 20)")
-    data_flags(flag, "attack-<run>-<aux>")
-    step_flags(flag)
+    flag("--lr", type=number(float, 0, 10), help="learning rate; default by preset")
+    data_flags(parser, "attack-<run>-<aux>")
+    step_flags(parser)
     return parser.parse_args()
 
 def main():
@@ -235,7 +240,7 @@ def main():
     print(f"DiMRA on {path}: {len(y)} auxiliary images ({args.aux}), {args.steps} steps, batch "
           f"{args.batch_size}, lr {args.lr:g}; counting {pairs_text(count, names)}")
     retained, curve = [part[~matches(train[1], forgotten)] for part in train], []
-    images, y, p_drop = limit(model, images, y, retained, count, args)
+    images, y, p_drop = restrict(model, images, y, retained, count, args)
     if args.compile:
         model.compile()
 
@@ -266,9 +271,9 @@ def main():
         **made_by, "dataset": args.dataset, "forget": pairs_text(count, names), "seconds": seconds,
         "half_life": next((p["step"] for p in curve if p["ar"] > 0.5), None), "curve": curve,
         "before": before, "after": after, "protocol": protocol, "args": vars(args)})
-    print(f"({after['forget_samples']} samples a point, {after['retain_samples']} retained at both ends, "
-          f"{args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}; 95 % intervals)\n"
-          f"wrote {folder}/result.json, curve.png, samples.png; {seconds:.0f} seconds of attack\n"
+    print(f"({after['forget_samples']} samples a point, {after['retain_samples']} retained at both "
+          f"ends, {args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}; 95 % intervals)\n"
+          f"wrote {folder}/result.json, curve.png, samples.png; {seconds:.0f} s of attack\n"
           f"next: python attack.py --table {shlex.quote(str(folder.parent))}")
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
     python fid.py --train-classifier                     # how assets/shapes_classifier.pt was made
     python fid.py --train-classifier --dataset folder --data-dir my_images
 
-REAL and FAKE are each a folder of images, a checkpoint or run folder (samples are drawn from it), or
-"train" or "test" (real images). FID uses InceptionV3 for two folders, else the features of the data's
-own classifier, which know what matters there. The two are never comparable.
+REAL and FAKE are each a folder of images, a checkpoint or run folder (samples are drawn from it),
+or "train" or "test" (real images). FID uses InceptionV3 for two folders, else the features of the
+data's own classifier, which know what matters there. The two are never comparable.
 """
 import math
 import time
@@ -25,20 +25,23 @@ from PIL import Image
 
 from model import (FACTORS, all_labels, autocast, checkpoint_file, explain, load_checkpoint,
                    make_parser, matches, number, pairs_text, pick_device, progress, read_file,
-                   require, run, run_folder, sample, save_grid, shipped, to_uint8, uses_bf16, write_file, write_json)
-from train_ddpm import (data_flags, find_images, folder_key, get_batch, load_data, picture_labels,
-                        read_image)
+                   require, run, run_folder, sample, save_grid, shipped, to_uint8, uses_bf16,
+                   write_file, write_json)
+from train_ddpm import (data_flags, dataset_flag, find_images, folder_key, get_batch, load_data,
+                        picture_labels, read_image)
 
 NOISE_SEED = 1234       # of all evaluations: all points of all curves start from the same noise
 
 # ---- evaluation of a conditional model -----------------------------------------------------------
 
-def evaluate(model, judge, names, forgotten, count, reference, samples, steps, label, retained=True):
+def evaluate(model, judge, names, forgotten, count, reference, samples, steps, label,
+             retained=True):
     """Sample forgotten and retained conditions (DDIM, guidance 2) and score them.
 
-    forgotten: the (factor, value) pairs that the model shall not draw; count: those that are counted.
-    A third of `samples` go to conditions with a counted and no other forgotten pair, the rest, unless
-    retained is False, to those without a forgotten pair. Returns (metrics of `score`, images uint8, y).
+    forgotten: the (factor, value) pairs that the model shall not draw; count: those that are
+    counted. A third of `samples` go to conditions with a counted and no other forgotten pair, the
+    rest, unless retained is False, to those without a forgotten pair. Returns (metrics of `score`,
+    images uint8, y).
     """
     cells, others = all_labels(names), [pair for pair in forgotten if pair not in count]
     groups = [(cells[matches(cells, count) & ~matches(cells, others)], samples / 3)]
@@ -47,10 +50,11 @@ def evaluate(model, judge, names, forgotten, count, reference, samples, steps, l
     y = torch.cat([part.repeat_interleave(max(1, round(n / max(1, len(part)))), 0)
                    for part, n in groups])
     images = sample(model, y, steps, seed=NOISE_SEED, label=label).cpu()
+    require(images.isfinite().all(), "the model diverged: its samples are not finite; lower the rate")
     return score(images, y, judge, names, count, reference), to_uint8(images), y
 
 def score(images, y, judge, names, count, reference):
-    """Metrics of samples (N, C, H, W) drawn for labels y (N, F); shares in 0..1, None without samples.
+    """Metrics of samples (N, C, H, W) drawn for labels y (N, F); shares in 0..1, or None.
 
     ua: unlearning accuracy, the share of the samples with a counted pair in which no counted value
     that was asked for is recognised (AR is 1 - ua); ua_of: for each pair alone.
@@ -95,8 +99,9 @@ def fid_text(metrics):
     return "-" if metrics["fid"] is None else f"{metrics['fid']:.1f} +- {metrics['fid_error']:.1f}"
 
 def evaluator(info, images, y, forgotten, count, args, device):
-    """(function (model, label) -> `evaluate`, the protocol of its numbers); images, y: the training
-    set, whose retained images, equally many of each label and about 4,500 in all, FID compares with."""
+    """(function (model, label) -> `evaluate`, the protocol of its numbers); images, y: the
+    training set, whose retained images, equally many of each label and about 4,500 in all, FID
+    compares with."""
     size = images.shape[2]
     judge, accuracy = load_classifier(info["dataset"], args.data_dir, device, info["names"], size)
     images, y = balanced(images[~matches(y, forgotten)], y[~matches(y, forgotten)], 4500)
@@ -115,13 +120,14 @@ def evaluator(info, images, y, forgotten, count, args, device):
 
 def balanced(images, y, n):
     """About n images, the first equally many of every label combination in y (N, F)."""
+    require(len(y), "no image is retained to compare with; forget, or count, fewer values")
     cells = torch.unique(y, dim=0)
-    index = [(y == cell).all(1).nonzero()[:max(1, n // max(1, len(cells))), 0] for cell in cells]
+    index = [(y == cell).all(1).nonzero()[:max(1, n // len(cells)), 0] for cell in cells]
     return images[torch.cat(index)], y[torch.cat(index)]
 
 def follow(steps, label, total, every, look, device):
-    """Take the steps of a generator of losses, with look(step) after every `every` of them. Returns
-    (losses (total,), the seconds of the steps alone)."""
+    """Take the steps of a generator of losses, with look(step) after every `every` of them.
+    Returns (losses (total,), the seconds of the steps alone)."""
     losses, began = torch.zeros(total, device=device), time.time()
     for step in progress(steps, label, total, losses=losses):
         if every and step % every == 0 and step < total:
@@ -131,7 +137,8 @@ def follow(steps, label, total, every, look, device):
     return losses.cpu(), round(time.time() - began, 1)
 
 def save_before_after(path, names, forgotten, y, before, after):
-    """The picture of two evaluations, images (N, C, H, W) for labels y (N, F), before above after."""
+    """The picture of two evaluations, images (N, C, H, W) for labels y (N, F), before above
+    after."""
     wanted, layout = picture_labels(names, forgotten)
     index, used = [], {}
     for label in map(tuple, wanted.tolist()):          # one that was not sampled stays white
@@ -145,9 +152,10 @@ def save_before_after(path, names, forgotten, y, before, after):
 # ---- Frechet distance, precision and recall ------------------------------------------------------
 
 def frechet_distance(real, fake):
-    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of features (N, D) and (M, D), Heusel et
-    al. 1706.08500. The trace of the root is the sum of the roots of the eigenvalues of cov1^(1/2) cov2
-    cov1^(1/2): two symmetric decompositions, faster than a matrix root, and never complex."""
+    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of features (N, D) and (M, D), Heusel
+    et al. 1706.08500. The trace of the root is the sum of the roots of the eigenvalues of
+    cov1^(1/2) cov2 cov1^(1/2): two symmetric decompositions, faster than a matrix root, and never
+    complex."""
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     cov1, cov2 = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
     values, vectors = np.linalg.eigh(cov1)
@@ -163,14 +171,15 @@ def fid_error(real, fake, resamples=20):
     return float(np.std(again, ddof=1))
 
 def precision_recall(real, fake, k=3, most=2000):
-    """Improved precision and recall (Kynkaanniemi et al. 1904.06991), each in 0..1, of a random subset
-    of at most `most` of the features (N, D) and (M, D): precision is the share of fake features within
-    the k-th neighbour's distance of some real one, recall the reverse."""
+    """Improved precision and recall (Kynkaanniemi et al. 1904.06991), each in 0..1, of a random
+    subset of at most `most` of the features (N, D) and (M, D): precision is the share of fake
+    features within the k-th neighbour's distance of some real one, recall the reverse."""
     rng = np.random.default_rng(0)
     real, fake = (torch.as_tensor(x[rng.permutation(len(x))[:most]]).double() for x in (real, fake))
 
     def covered(points, centres):
-        radius = torch.cdist(centres, centres).kthvalue(min(k + 1, len(centres)), 1).values     # 1: itself
+        rank = min(k + 1, len(centres))        # the first neighbour is the point itself
+        radius = torch.cdist(centres, centres).kthvalue(rank, 1).values
         return (torch.cdist(points, centres) <= radius).any(1).double().mean().item()
     return covered(fake, real), covered(real, fake)
 
@@ -182,12 +191,12 @@ INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 def inception(weights=None, device="cpu"):
     """pytorch-fid's InceptionV3: features (N, 2048) of images (N, 3, 299, 299) in [-1, 1].
 
-    It is torchvision's with 1,008 outputs, except that the pooling branches leave the padding out of
-    their averages and that the last block takes the maximum. weights: a file; without it the release
-    file is downloaded and its checksum verified.
+    It is torchvision's with 1,008 outputs, except that the pooling branches leave the padding out
+    of their averages and that the last block takes the maximum. weights: a file; without it the
+    release file is downloaded and its checksum verified.
     """
-    with explain(f"Inception's weights cannot be loaded; get {INCEPTION_URL} and name the file with "
-                 "--inception-weights, or use --features classifier"):
+    with explain(f"Inception's weights cannot be loaded; get {INCEPTION_URL} and name the file "
+                 "with --inception-weights, or use --features classifier"):
         state = torch.load(weights, map_location="cpu", weights_only=True) if weights else \
             torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True)
         net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
@@ -212,9 +221,10 @@ def inception(weights=None, device="cpu"):
 CLASSIFIERS = {"shapes": (24, 3000), "fashion": (32, 1500), "cifar10": (64, 8000)}  # width, steps
 
 class Classifier(nn.Module):
-    """A small CNN that names class and style: x (B, C, size, size) in [-1, 1] -> a list of logits per
-    factor, whose last entry is "none": without it noise must be called something. `features(x)`
-    (B, 4 * width) are what it knows of an image before naming it: the FID features."""
+    """A small CNN that names class and style: x (B, C, size, size) in [-1, 1] -> a list of logits
+    per factor, whose last entry is "none": without it noise must be called something.
+    `features(x)` (B, 4 * width) are what it knows of an image before naming it: the FID
+    features."""
     def __init__(self, channels, classes, width, size=32):
         super().__init__()
         self.args = dict(channels=channels, classes=list(classes), width=width, size=size)
@@ -256,8 +266,8 @@ def uniform(low, high, x, *shape):
     return low + (high - low) * torch.rand(len(x), *shape, device=x.device)
 
 def garbage(x):
-    """What a ruined model may draw in place of x (n, C, H, W): noise of any grain, coloured or grey,
-    on any ground, or flat colour, with at most a shadow (10 %) of x in it."""
+    """What a ruined model may draw in place of x (n, C, H, W): noise of any grain, coloured or
+    grey, on any ground, or flat colour, with at most a shadow (10 %) of x in it."""
     (n, c, h, w), grains = x.shape, []
     for size in (h, h // 2, h // 4, h // 8, 2, 1):
         noise = uniform(-1, 1, x, c, size, size)
@@ -274,14 +284,16 @@ def garbage(x):
 
 def augment(x):
     """x (n, C, H, W) as a damaged model may still draw it: enlarged or shrunk, turned, shifted,
-    recoloured, pale or saturated, under a colour cast, blotches and noise. All of it must be
+    blurred, recoloured, pale or saturated, with a colour cast, blotches and noise. All of it must be
     recognised: what a picture shows has not been forgotten, and what comes back is seldom clean."""
     n, c, h, w = x.shape
-    scale, turn = 2 ** uniform(-0.7, 0.7, x), uniform(-0.2, 0.2, x)
+    scale, turn = 2 ** uniform(-0.7, 0.8, x), uniform(-0.2, 0.2, x)
     cos, sin = turn.cos() / scale, turn.sin() / scale
     affine = [cos, -sin, uniform(-0.2, 0.2, x), sin, cos, uniform(-0.2, 0.2, x)]
     places = F.affine_grid(torch.stack(affine, 1).view(n, 2, 3), x.shape, align_corners=False)
     x = F.grid_sample(x, places, padding_mode="border", align_corners=False)
+    blurred = F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
+    x = x + uniform(0, 1, x, 1, 1, 1) * (blurred - x)
     channels = uniform(0, 1, x, c).argsort(1)[:, :, None, None]
     x = x.gather(1, channels.expand_as(x))
     grey = x.mean(1, keepdim=True)
@@ -292,8 +304,8 @@ def augment(x):
     return (x + uniform(0, 0.2, x, 1, 1, 1) * torch.randn_like(x)).clamp(-1, 1)
 
 def classifier_steps(net, images, y, steps, batch_size, lr=3e-3, flip=False):
-    """Train the classifier; yield each step's loss. Of a batch an eighth is garbage, to be called none,
-    a quarter as it is, the rest augmented; all is shifted by up to 2 pixels."""
+    """Train the classifier; yield each step's loss. Of a batch an eighth is garbage, to be called
+    none, a quarter as it is, the rest augmented; all is shifted by up to 2 pixels."""
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(steps, 2), pct_start=0.1)
     none = torch.tensor([head.out_features - 1 for head in net.heads], device=y.device)
@@ -315,7 +327,7 @@ def train_classifier(folder, dataset, data_dir, device, size, seed=0, steps=None
     that it gets wrong. Returns (classifier, accuracy on the test split: a list per factor)."""
     images, y, names = load_data(dataset, "train", data_dir, device, size)
     x, labels, _ = load_data(dataset, "test", data_dir, size=size)
-    require(len(x), f"'{data_dir}' has one picture of each class, too few for a classifier: add some")
+    require(len(x), f"'{data_dir}' has one picture of each class, too few for a classifier")
     width, usual = CLASSIFIERS.get(dataset, (64, min(8000, max(200, len(images) // 2))))
     steps = usual if steps is None else steps
     torch.manual_seed(seed)
@@ -337,9 +349,10 @@ def train_classifier(folder, dataset, data_dir, device, size, seed=0, steps=None
     return net, accuracy
 
 def load_classifier(dataset, data_dir, device, names, size=32):
-    """(classifier, its test accuracy): the newest one trained here for these names, size and folder,
-    else the shipped one, else it is trained now."""
-    paths = sorted(Path("runs", dataset).glob("classifier*/model.pt"), key=lambda p: -p.stat().st_mtime)
+    """(classifier, its test accuracy): the newest one trained here for these names, size and
+    folder, else the shipped one, else it is trained now."""
+    paths = list(Path("runs", dataset).glob("classifier*/model.pt"))
+    paths.sort(key=lambda path: -path.stat().st_mtime)
     wanted = names, size, folder_key(data_dir) if dataset == "folder" else ""
     for path in filter(Path.is_file, [*paths, shipped(f"{dataset}_classifier.pt")]):
         data = read_file(path, "classifier")
@@ -354,7 +367,8 @@ def load_classifier(dataset, data_dir, device, names, size=32):
 # ---- command line --------------------------------------------------------------------------------
 
 def images_from(source, args, device):
-    """(paths or uint8 images, labels or None, how they came) of folder, checkpoint, train or test."""
+    """(paths or uint8 images, labels or None, how they came) of folder, checkpoint, train or
+    test."""
     if source in ("train", "test"):
         x, y, _ = load_data(args.dataset, source, args.data_dir, size=args.image_size)
         return *balanced(x, y, args.samples), f"{args.dataset} {source} split"
@@ -363,7 +377,7 @@ def images_from(source, args, device):
     model, info = load_checkpoint(source, device)
     require(info["dataset"] == args.dataset, f"{source} draws {info['dataset']}; add --dataset "
             f"{info['dataset']}")
-    y = all_labels(info["names"])
+    y, args.image_size = all_labels(info["names"]), model.cfg.image_size
     y = y.repeat_interleave(max(1, args.samples // len(y)), 0)
     images = to_uint8(sample(model, y, args.sampler_steps, seed=args.seed, label="samples")).cpu()
     return images, y, f"samples, {args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}"
@@ -402,7 +416,8 @@ def main():
     flag("--train-classifier", action="store_true", help="train the dataset's classifier and stop")
     flag("--steps", type=number(int, 0), help="of its training; default by dataset")
     flag("--batch-size", type=number(int, 1, 65536), default=128, help="of its training (128)")
-    data_flags(flag, "fid, or classifier")
+    dataset_flag(flag)
+    data_flags(parser, "fid, or classifier")
     args = parser.parse_args()
     device, args.dataset = pick_device(args.device), args.dataset or "shapes"
     if args.train_classifier:
@@ -410,11 +425,11 @@ def main():
         train_classifier(folder, args.dataset, args.data_dir, device, args.image_size, args.seed,
                          args.steps, args.batch_size)
         return
-    require(args.fake, "name two sources, such as: python fid.py test assets/shapes.pt; or see --help")
-    real, _, real_how = images_from(args.real, args, device)
+    require(args.fake, "name two sources, such as: python fid.py test assets/shapes.pt")
     fake, y, fake_how = images_from(args.fake, args, device)
-    require(min(len(real), len(fake)) > 1, f"there are {len(real)} real and {len(fake)} fake images; "
-            "FID needs at least two of each")
+    real, _, real_how = images_from(args.real, args, device)
+    require(min(len(real), len(fake)) > 1, f"there are {len(real)} real and {len(fake)} fake "
+            "images; FID needs at least two of each")
     kind = args.features or ("inception" if real_how == fake_how == "folder" else "classifier")
     result, accuracy = {"stage": "fid", "real": args.real, "fake": args.fake}, None
     if kind == "inception":

@@ -77,15 +77,15 @@ def split_output(model, out, x_t, a):
     return (x_t - (1 - a) ** 0.5 * out) / a ** 0.5, out
 
 def ddpm_posterior():
-    """The coefficients of x_0 and of x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM equation 7), for
-    every t: float64 (T,)."""
+    """The coefficients of x_0 and of x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM equation 7),
+    for every t: float64 (T,)."""
     betas, a = linear_schedule()
     a_prev = torch.cat([torch.ones(1, dtype=torch.float64), a[:-1]])
     return a_prev.sqrt() * betas / (1 - a), (1 - betas).sqrt() * (1 - a_prev) / (1 - a)
 
 def ddpm_sample(model, x, y, guidance, randn):
-    """x_0 by DDPM's T ancestral steps from noise x; randn() draws more like it. The variance is beta_t
-    ("fixedlarge") and x_0 is clamped to [-1, 1], as in the public code."""
+    """x_0 by DDPM's T ancestral steps from noise x; randn() draws more like it. The variance is
+    beta_t ("fixedlarge") and x_0 is clamped to [-1, 1], as in the public code."""
     betas, a = (s.tolist() for s in linear_schedule())
     coef_x0, coef_xt = (s.tolist() for s in ddpm_posterior())
     for t in reversed(range(T)):
@@ -102,8 +102,8 @@ def ddim_times(steps):
     return list(zip(times, times[1:] + [-1]))
 
 def ddim_sample(model, x, y, guidance, steps):
-    """x_0 by `steps` deterministic steps from noise x (DDIM, Song et al. 2010.02502 equation 12 with
-    sigma 0). x_0 is not clamped, as in the public code."""
+    """x_0 by `steps` deterministic steps from noise x (DDIM, Song et al. 2010.02502 equation 12
+    with sigma 0). x_0 is not clamped, as in the public code."""
     a = linear_schedule()[1].tolist() + [1.0]          # a[-1] belongs to x_0
     for t, t_next in ddim_times(steps):
         out = guided_output(model, x, torch.full((len(x),), t, device=x.device), y, guidance)
@@ -113,9 +113,9 @@ def ddim_sample(model, x, y, guidance, steps):
 
 @torch.inference_mode()
 def sample(model, y, steps=50, sampler="ddim", guidance=2.0, seed=0, batch=50, label=None):
-    """Images (B, C, H, W) in [-1, 1] for labels y (B, F); `steps` is for "ddim" only; `label` shows
-    progress. Image i depends on seed and i, not on other labels: two models asked with one seed start
-    from the same noise."""
+    """Images (B, C, H, W) in [-1, 1] for labels y (B, F); `steps` is for "ddim" only; `label`
+    shows progress. Image i depends on seed and i, not on other labels: two models asked with one
+    seed start from the same noise."""
     generator, images = torch.Generator(model.null.device).manual_seed(seed), []
     training, size = model.training, model.cfg.image_size
     model.eval()
@@ -153,8 +153,8 @@ class UNetConfig:
     prediction: str = "v"                # the output: "eps", or "v" = sqrt(a) eps - sqrt(1 - a) x_0
 
 PRESETS = {
-    # A million parameters. It predicts v because flat colours are settled at large t, where the error
-    # of an x_0 computed from eps is divided by sqrt(a_t): 1/158 at t = 999.
+    # A million parameters. It predicts v because flat colours are settled at large t, where an x_0
+    # computed from eps has its error divided by sqrt(a_t): 1/158 at t = 999.
     "small": UNetConfig(),
     # Layer for layer the network of the public Selective Amnesia, SalUn and SFRon DDPM code.
     "paper": UNetConfig(width=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), groups=32,
@@ -162,7 +162,8 @@ PRESETS = {
 }
 
 def make_config(preset, image_size, channels, classes):
-    """The preset for such images and numbers of label values; doubling 32 x 32 adds a resolution."""
+    """The preset for such images and numbers of label values; doubling 32 x 32 adds a
+    resolution."""
     cfg = PRESETS[preset]
     mult = cfg.mult + cfg.mult[-1:] * int(math.log2(image_size // 32))
     return replace(cfg, image_size=image_size, channels=channels, classes=tuple(classes), mult=mult)
@@ -206,8 +207,8 @@ class Level(nn.Module):
     def __init__(self, widths, c_out, d, resolution, resample, cfg):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(c, c_out, d, cfg) for c in widths)
-        attns = [Attention(c_out, cfg) if resolution in cfg.attention else nn.Identity() for _ in widths]
-        self.attns = nn.ModuleList(attns)
+        attn = Attention if resolution in cfg.attention else nn.Identity       # takes any arguments
+        self.attns = nn.ModuleList(attn(c_out, cfg) for _ in widths)
         self.resample = resample
 
 def mlp(c_in, c_out):
@@ -216,8 +217,9 @@ def mlp(c_in, c_out):
 class UNet(nn.Module):
     """eps or v (B, C, H, W) from x_t (B, C, H, W), times t (B,) in 0..T-1 and labels y (B, F).
 
-    Source: DDPM's network, conditioned as in the public SalUn code (DDPM/models/diffusion.py): time
-    and label embedding each pass an MLP and are concatenated; several factors' MLPs are summed.
+    Source: DDPM's network, conditioned as in the public SalUn code (DDPM/models/diffusion.py):
+    time and label embedding each pass an MLP and are concatenated; several factors' MLPs are
+    summed.
     """
     def __init__(self, cfg):
         super().__init__()
@@ -295,8 +297,9 @@ def autocast(device):
 # ---- checkpoints and files -----------------------------------------------------------------------
 
 def save_checkpoint(path, model, info, half=False):
-    """Weights, config and info in one file. info: dataset, names (a list per label factor), preset,
-    forgotten (a list of (factor, value)), made_by (a dict with the stage and its settings)."""
+    """Weights, config and info in one file. info: dataset, names (a list per label factor),
+    preset, forgotten (a list of (factor, value)), made_by (a dict with the stage and its
+    settings)."""
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     if half:
         weights = {k: v.half() for k, v in weights.items()}
@@ -305,7 +308,8 @@ def save_checkpoint(path, model, info, half=False):
     write_file(path, lambda tmp: torch.save({**data, "forgotten": forgotten}, tmp))
 
 def load_checkpoint(path, device="cpu"):
-    """(model in eval mode and channels_last, info as in save_checkpoint) of a file or run folder."""
+    """(model in eval mode and channels_last, info as in save_checkpoint) of a file or run
+    folder."""
     path = checkpoint_file(path)
     info = read_file(path, "unet")
     with explain(f"{path} does not fit this code; make it again"):
@@ -328,8 +332,8 @@ def shipped(name):
 def read_file(path, kind):
     """A dict saved by this project, without running any code in the file."""
     require(Path(path).is_file(), f"no such file: {path}; make a model with 'python train_ddpm.py'")
-    with explain(f"{path} is no whole {kind} file of this project; make it again, or convert a public "
-                 "SalUn checkpoint with 'python train_ddpm.py --import'"):
+    with explain(f"{path} is no whole {kind} file of this project; make it again, or convert a "
+                 "public SalUn checkpoint with 'python train_ddpm.py --import'"):
         with zipfile.ZipFile(path) as archive:     # torch.load does not look at the checksums
             whole = not archive.testzip()
         data = torch.load(path, map_location="cpu", weights_only=True)
@@ -442,7 +446,7 @@ def find_pairs(args, names, prefix=""):
     for factor, name in enumerate(FACTORS):
         flag = f"--{prefix}{name}"
         for text in getattr(args, flag[2:].replace("-", "_")) or []:
-            require(factor < len(names), f"{flag}: there are no styles; shapes has, and STYLE/CLASS/*.jpg")
+            require(factor < len(names), f"{flag}: these data have no styles, shapes have")
             pairs.add((factor, find_value(text, names[factor], flag)))
     return sorted(pairs)
 
@@ -516,13 +520,15 @@ def progress(items, label, total, start=0, losses=None):
         if losses is not None:
             losses[n - 1] = item
             if n % 50 == 0 or n == total:
-                require(item.isfinite(), f"{label} diverged: loss {item.item()}; use a smaller --lr")
+                require(item.isfinite(), f"{label} diverged: loss {item.item()}; lower the rate")
         yield n
         now = time.time() - began
-        if label and now - shown > (0.5 if tty else 5 if shown == 0 else max(15, now * total / n / 10)):
+        gap = 0.5 if tty else 5 if shown == 0 else max(15, now * total / n / 10)
+        if label and now - shown > gap:
             shown, rate = now, (n - start) / now
             text = "" if losses is None else f"  loss {item.item():.4f}"
-            line = f"{label}: {n}/{total}{text}  {rate:.1f}/s  {(total - n) / rate / 60:.1f} min left"
+            left = (total - n) / rate / 60
+            line = f"{label}: {n}/{total}{text}  {rate:.1f}/s  {left:.1f} min left"
             print(f"\r{line:<79}" if tty else line, end="" if tty else "\n", flush=True)
     if label and tty:
         print("\r" + " " * 79 + "\r", end="", flush=True)
@@ -534,7 +540,7 @@ def main():
     flag("--cls", nargs="+", metavar="K", help="classes, by name or number; default all")
     flag("--style", nargs="+", metavar="K", help="styles, likewise")
     flag("--n", type=number(int, 1), default=1, help="images of each class in each style (1)")
-    flag("--sampler", choices=("ddim", "ddpm"), default="ddim", help="50 steps of ddim (default), or all")
+    flag("--sampler", choices=("ddim", "ddpm"), default="ddim", help="50 steps (default) or all")
     flag("--seed", type=number(int, 0, 2 ** 31), default=0, help="of the noise (default 0)")
     flag("--png", metavar="DIR", help="also write every image as a file of its own")
     flag("--out", metavar="DIR", help="folder of the grid; default runs/<dataset>/samples")

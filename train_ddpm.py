@@ -5,10 +5,10 @@
     python train_ddpm.py --dataset cifar10          # CIFAR-10, the paper's network: one CUDA GPU
     python train_ddpm.py --dataset folder --data-dir my_images    # CLASS/*.jpg or STYLE/CLASS/*.jpg
     python train_ddpm.py --exclude-cls square       # retraining: a model that never saw a square
-    python train_ddpm.py --resume                   # go on after a kill; with more --steps, train on
-    python train_ddpm.py --dataset cifar10 --import ckpt.pth    # convert a public SalUn/SA checkpoint
+    python train_ddpm.py --resume                   # go on after a kill, or with more --steps
+    python train_ddpm.py --dataset cifar10 --import ckpt.pth    # convert a public SalUn checkpoint
 
-Leaves runs/<dataset>/pretrain/: model.pt (EMA weights), samples.png, loss.png, log.csv, result.json.
+Leaves runs/<dataset>/pretrain/: model.pt (EMA weights), samples.png, loss.png, log.csv, result.json
 """
 import copy
 import gzip
@@ -108,11 +108,13 @@ def write_losses(folder, losses, label):
 
 # ---- the embedded dataset ------------------------------------------------------------------------
 
-SHAPES = ["circle", "square", "triangle", "cross", "diamond", "star", "crescent", "bar", "heart", "ring"]
+SHAPES = ["circle", "square", "triangle", "cross", "diamond", "star", "crescent", "bar", "heart",
+          "ring"]
 STYLES = ["flat", "stripes", "dots", "sketch", "neon"]
 
 def shape_sdf(name, x, y):
-    """Signed distance (negative inside) of a shape of radius about 1 at points x, y; y points up."""
+    """Signed distance (negative inside) of a shape of radius about 1 at points x, y; y points
+    up."""
     def box(w, h):
         return torch.maximum(x.abs() - w, y.abs() - h)
 
@@ -152,9 +154,9 @@ def hsv(h, s, v):
     return v[:, None] * (1 - s[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 def draw_shapes(per_cell, seed, size=32):
-    """The embedded dataset: uint8 images (N, 3, size, size) and labels (N, 2), per_cell images of each
-    of 10 shapes x 5 styles from a seeded generator. Position, size, rotation and colours are random;
-    an edge is one pixel of coverage computed from the distance: antialiased."""
+    """The embedded dataset: uint8 images (N, 3, size, size) and labels (N, 2), per_cell images of
+    each of 10 shapes x 5 styles from a seeded generator. Position, size, rotation and colours are
+    random; an edge is one pixel of coverage computed from the distance: antialiased."""
     g, y, images = torch.Generator().manual_seed(seed), all_labels([SHAPES, STYLES]), []
     axis, cols = (torch.arange(size) + 0.5) / size * 2 - 1, torch.arange(size)[None, None, :]
 
@@ -164,7 +166,8 @@ def draw_shapes(per_cell, seed, size=32):
     for c, s in y.tolist():
         cx, cy, r = uniform(-0.15, 0.15), uniform(-0.15, 0.15), uniform(0.6, 0.78)
         turn, hue, shift = uniform(-0.25, 0.25), uniform(0, 1), uniform(0.25, 0.75)
-        px, py, cos, sin = axis[None, None, :] - cx, cy - axis[None, :, None], turn.cos(), turn.sin()
+        px, py = axis[None, None, :] - cx, cy - axis[None, :, None]
+        cos, sin = turn.cos(), turn.sin()
         d = shape_sdf(SHAPES[c], (cos * px + sin * py) / r, (cos * py - sin * px) / r)
         d = (d * r * size / 2)[:, None]                        # in pixels, (N, 1, H, W)
         inside = (0.5 - d).clamp(0, 1)
@@ -199,8 +202,8 @@ BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # for
 def load_data(dataset, split, data_dir="data", device="cpu", size=64):
     """Images uint8 (N, C, H, W) and labels (N, F) on the device, and the names: a list per factor.
 
-    split: "train" or "test". size: of a folder's images; the others are 32 x 32. Sources: drawn here
-    (shapes), Xiao et al. 1708.07747 (fashion), Krizhevsky 2009 (cifar10).
+    split: "train" or "test". size: of a folder's images; the others are 32 x 32. Sources: drawn
+    here (shapes), Xiao et al. 1708.07747 (fashion), Krizhevsky 2009 (cifar10).
     """
     data_dir = Path(data_dir).expanduser()
     if dataset == "folder":
@@ -210,8 +213,8 @@ def load_data(dataset, split, data_dir="data", device="cpu", size=64):
         names = [SHAPES, STYLES]
     else:
         source = {"fashion": tvd.FashionMNIST, "cifar10": tvd.CIFAR10}[dataset]
-        with explain(f"{dataset} is not in '{data_dir}' and cannot be downloaded; put its files there, "
-                     "or name their folder with --data-dir"):
+        with explain(f"{dataset} is not in '{data_dir}' and cannot be downloaded; put its files "
+                     "there, or name their folder with --data-dir"):
             unpack_fashion(data_dir)
             data = source(data_dir, train=split == "train", download=True)
         y, names = torch.as_tensor(data.targets)[:, None], [data.classes]
@@ -241,8 +244,8 @@ def find_images(folder):
     return sorted(found)
 
 def read_image(path, size, mode="RGB"):
-    """A picture of any mode as uint8 (C, size, size): turned as its EXIF says, on white where it is
-    transparent, cut to the central square, resized with antialiasing. Raises one of BROKEN."""
+    """A picture of any mode as uint8 (C, size, size): turned as its EXIF says, on white where it
+    is transparent, cut to the central square, resized with antialiasing. Raises one of BROKEN."""
     with Image.open(path) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
@@ -258,13 +261,14 @@ def folder_key(folder):
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 def load_folder(data_dir, split, size):
-    """Images (N, 3, size, size), labels and names of STYLE/OBJECT/*.jpg (UnlearnCanvas) or CLASS/*.jpg.
-    A tenth of each label's images, at least one of two, is the test split; runs/cache keeps all."""
+    """Images (N, 3, size, size), labels and names of STYLE/OBJECT/*.jpg (UnlearnCanvas) or
+    CLASS/*.jpg. A tenth of each label's images, at least one of two, is the test split; runs/cache
+    keeps all."""
     paths = find_images(data_dir)
     columns = list(zip(*(path.relative_to(data_dir).parts[-2::-1] for path in paths)))
     require(len({len(path.parts) for path in paths}) == 1 and len(columns) in (1, 2),
-            f"'{data_dir}' must hold images as STYLE/OBJECT/*.jpg or CLASS/*.jpg, at one depth throughout;"
-            f" it holds {len(paths)} images; name the folder with --data-dir")
+            f"'{data_dir}' must hold images as STYLE/OBJECT/*.jpg or CLASS/*.jpg, at one depth; it "
+            f"holds {len(paths)} images; name the folder with --data-dir")
     names = [sorted(set(column)) for column in columns]        # the class comes first
     cache, images, good = Path("runs", "cache", f"{folder_key(data_dir)}-{size}.pt"), [], []
     if cache.is_file():
@@ -276,7 +280,7 @@ def load_folder(data_dir, split, size):
                 good.append(n - 1)
             except BROKEN:
                 print(f"skipped {paths[n - 1]}: not a readable image")
-        require(len(good) >= 0.8 * len(paths), f"over a fifth of the images in '{data_dir}' are broken")
+        require(len(good) >= 0.8 * len(paths), f"over a fifth of '{data_dir}' is broken")
         found = "; ".join(f"{factor} {', '.join(n)}" for factor, n in zip(FACTORS, names))
         print(f"{data_dir}: {len(good)} of {len(paths)} images; {found}")
         data = {"format": 1, "kind": "images", "images": torch.stack(images), "good": good}
@@ -301,12 +305,12 @@ PUBLIC_KEYS = {r"^temb\.dense\.0": "time_mlp.0", r"^temb\.dense\.1": "time_mlp.2
 def import_public(path):
     """The CIFAR-10 UNet of a checkpoint of the public Selective Amnesia / SalUn / SFRon DDPM code.
 
-    Their file is a list [model, optimiser, step, EMA] of state dicts; their null embedding becomes the
-    last row of ours. The EMA weights are taken, which sample best (the public unlearning starts from
-    the raw ones). Every key must be used once.
+    Their file is a list [model, optimiser, step, EMA] of state dicts; their null embedding becomes
+    the last row of ours. The EMA weights are taken, which sample best (the public unlearning
+    starts from the raw ones). Every key must be used once.
     """
-    with explain(f"{path} is not a CIFAR-10 checkpoint of the public SalUn/SFRon/SA code, a list of "
-                 "model, optimiser, step and EMA with the paper's layers"):
+    with explain(f"{path} is not a CIFAR-10 checkpoint of the public SalUn/SFRon/SA code, a list "
+                 "of model, optimiser, step and EMA with the paper's layers"):
         states, theirs = torch.load(path, map_location="cpu", weights_only=True), {}
         for state in (states[0], states[-1]):
             theirs.update({k.removeprefix("module."): v for k, v in state.items()})
@@ -322,21 +326,24 @@ def import_public(path):
 
 # ---- stage 1 -------------------------------------------------------------------------------------
 
-def data_flags(flag, out):
+def data_flags(parser, out):
     """The flags of every stage that work alike."""
-    flag("--dataset", choices=DATASETS, help="what the model draws (default shapes); folder: "
-         "CLASS/*.jpg or STYLE/CLASS/*.jpg in --data-dir")
+    flag = parser.add_argument_group("data and machine").add_argument
     flag("--data-dir", default="data", help="where data lies or is downloaded to (default data)")
-    flag("--seed", type=number(int, 0, 2 ** 31), default=0, help="same seed, same result on a CPU (0)")
+    flag("--seed", type=number(int, 0, 2 ** 31), default=0, help="same seed, same result (0)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     flag("--out", metavar="DIR", help=f"run folder; default runs/<dataset>/{out}")
 
-def step_flags(flag):
+def dataset_flag(flag):
+    flag("--dataset", choices=DATASETS, help="what the model draws (default shapes); folder: "
+         "CLASS/*.jpg or STYLE/CLASS/*.jpg in --data-dir")
+
+def step_flags(parser):
     """The flags of the stages that train the network."""
+    flag = parser.add_argument_group("training").add_argument
     flag("--steps", type=number(int, 0), help="optimiser steps; default by preset")
     flag("--batch-size", type=number(int, 1, 65536), help="images a step and term; likewise")
-    flag("--lr", type=number(float, 0, 10), help="learning rate; likewise")
-    flag("--compile", action="store_true", help="torch.compile the network, for long runs on a GPU")
+    flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
 
 def override(settings, args, *names):
     """settings, with what the user gave on the command line in its place."""
@@ -347,8 +354,8 @@ def data_words(args):
     return f" --data-dir {shlex.quote(args.data_dir)}" if args.data_dir != "data" else ""
 
 def picture_labels(names, pairs=(), most=12):
-    """Labels and layout of a picture: a column per class; a row per style, or four rows. Of a factor
-    with more than `most` values evenly spaced ones are shown, and those in pairs."""
+    """Labels and layout of a picture: a column per class; a row per style, or four rows. Of a
+    factor with more than `most` values evenly spaced ones are shown, and those in pairs."""
     y = all_labels(names)
     for factor, values in enumerate(names):
         spaced = [(factor, v) for v in range(0, len(values), -(-len(values) // most))]
@@ -401,33 +408,36 @@ def train(args, preset, settings, device):
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, into {folder}")
 
     labels, layout = picture_labels(names)
-    training = pretrain(model, ema, optimizer, images, y, settings, args.dataset == "cifar10", start)
+    flip = args.dataset == "cifar10"
+    training = pretrain(model, ema, optimizer, images, y, settings, flip, start)
     began = saved = time.time()
     for step in progress(training, "pretrain", steps, start, losses):
-        if step % 50 == 0 and step < steps and time.time() - saved > SAVE_SECONDS:     # a checked loss
+        # at a step whose loss `progress` has checked
+        if step % 50 == 0 and step < steps and time.time() - saved > SAVE_SECONDS:
             save_state(state, step, settings, losses, before + time.time() - began, parts)
             save_grid(sample(ema, labels, 20), folder / "samples.png", **layout)
             saved = time.time()
     seconds = round(before + time.time() - began, 1)
     write_losses(folder, losses.cpu(), f"{args.dataset} pretraining")
     finish(folder, ema, args, preset, names, excluded, {**settings, "seconds": seconds})
-    save_state(state, steps, settings, losses, seconds, parts)         # last: "finished" is true then
+    save_state(state, steps, settings, losses, seconds, parts)     # last: now it is "finished"
 
 def main():
     parser = make_parser(__doc__)
     flag = parser.add_argument
-    data_flags(flag, "pretrain")
-    step_flags(flag)
+    dataset_flag(flag)
+    data_flags(parser, "pretrain")
+    step_flags(parser)
     flag("--resume", action="store_true", help="go on with the run in its folder")
     flag("--image-size", type=int, choices=(32, 64, 128), default=64, help="of a folder (64)")
     flag("--preset", choices=PRESETS, help="the network; default small, paper for cifar10")
-    flag("--exclude-cls", nargs="+", metavar="K", help="classes never to be seen, by name or number")
+    flag("--exclude-cls", nargs="+", metavar="K", help="classes never to be seen")
     flag("--exclude-style", nargs="+", metavar="K", help="styles never to be seen")
     flag("--import", dest="public", metavar="FILE", help="convert a public checkpoint")
     args = parser.parse_args()
     device, args.dataset = pick_device(args.device), args.dataset or "shapes"
     preset = args.preset or ("paper" if args.dataset == "cifar10" else "small")
-    settings = override(PRETRAIN[preset], args, "steps", "batch_size", "lr")
+    settings = override(PRETRAIN[preset], args, "steps", "batch_size")
     if args.dataset == "fashion" and preset == "small" and args.steps is None:
         settings["steps"] = FASHION_STEPS
     if not args.public:

@@ -23,8 +23,8 @@ from model import (FACTORS, T, add_noise, antithetic_times, checkpoint_file, dif
                    drop_labels, explain, find_pairs, find_value, guided_output, load_checkpoint,
                    make_parser, matches, number, pairs_slug, pairs_text, pick_device, require, run,
                    run_folder, sample, save_checkpoint, save_plot, shipped, to_uint8, write_json)
-from train_ddpm import (data_flags, data_words, get_batch, load_data, override, read_image,
-                        step_flags, write_losses)
+from train_ddpm import (data_flags, data_words, dataset_flag, get_batch, load_data, override,
+                        read_image, step_flags, write_losses)
 
 class Data:
     """What a run forgets and keeps, as random batches: x (n, C, H, W) in [-1, 1], labels y (n, F).
@@ -34,15 +34,16 @@ class Data:
     """
 
     def __init__(self, images, y, names, forget, earlier, args, flip=False):
-        self.now, self.forgotten = forget, sorted({*forget, *earlier})
-        retain, now = ~matches(y, self.forgotten), matches(y, forget) & ~matches(y, earlier)
-        self.retain_set, self.forget_set = (images[retain], y[retain]), (images[now], y[now])
-        self.substitutes = substitutes(names, forget, self.forgotten, args.alternative)
+        self.forget_pairs, self.all_pairs = forget, sorted({*forget, *earlier})
+        to_retain, to_forget = ~matches(y, self.all_pairs), matches(y, forget) & ~matches(y, earlier)
+        self.retain_set = images[to_retain], y[to_retain]
+        self.forget_set = images[to_forget], y[to_forget]
+        self.substitutes = substitutes(names, forget, self.all_pairs, args.alternative)
         self.alternative_set = alternative_set(self, args)
         self.n, self.flip = args.batch_size, flip
         self.pixels = images[0].numel()        # C*H*W: the public code sums over pixels
-        require(len(self.forget_set[1]) and len(self.retain_set[1]), "there is no image to forget, or "
-                "none to retain; forget fewer values")
+        require(len(self.forget_set[1]) and len(self.retain_set[1]),
+                "there is no image to forget, or none to retain; forget fewer values")
 
     def retain(self):
         return get_batch(*self.retain_set, self.n, self.flip)
@@ -62,9 +63,10 @@ class Data:
         return y
 
 def descend(loss, model, optimizer, mask=None, mask_first=False):
-    """One optimiser step down the loss. Gradients are clipped to norm 1 and, where the mask (a bool
-    tensor per parameter) is False, set to 0: after the clipping, or before it. Returns the loss."""
-    optimizer.zero_grad(set_to_none=False)     # zeros, not None: masked weights see a gradient of 0
+    """One optimiser step down the loss. Gradients are clipped to norm 1 and, where the mask (a
+    bool tensor per parameter) is False, set to 0: after the clipping, or before it. Returns the
+    loss."""
+    optimizer.zero_grad()
     loss.backward()
     if not mask_first:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -75,14 +77,15 @@ def descend(loss, model, optimizer, mask=None, mask_first=False):
     optimizer.step()
     return loss.detach()
 
-# ---- the methods: generators that take a step, yield its loss, and so on ----------------------------
+# ---- the methods: generators that take a step, yield its loss, and so on -------------------------
 
 def dimum(model, data, optimizer, args):
     """DiMUM: minimise l(D_r) + lambda * l(images of c' labelled c_f).
 
     The forgotten label is not pushed away from what it drew: it memorises something else, with the
-    ordinary loss, which converges. Source: Yuan et al. 2512.03564. Its full text was not at hand: that
-    the second term is the plain diffusion loss, without label dropout, is our reading of its abstract.
+    ordinary loss, which converges. Source: Yuan et al. 2512.03564. Its full text was not at hand:
+    that the second term is the plain diffusion loss, without label dropout, is our reading of its
+    abstract.
     """
     for _ in range(args.steps):
         keep = diffusion_loss(model, *data.retain()).mean()
@@ -90,11 +93,11 @@ def dimum(model, data, optimizer, args):
         yield descend(keep + args.weight * memorise, model, optimizer)
 
 def salun(model, data, optimizer, args, masked=True):
-    """SalUn: minimise MSE(network(x_t, c_f), network(x_t, c')) on noised D_f + alpha * l(D_r), on the
-    half of the weights that is most salient for D_f.
+    """SalUn: minimise MSE(network(x_t, c_f), network(x_t, c')) on noised D_f + alpha * C*H*W * l(D_r),
+    on the half of the weights that is most salient for D_f.
 
-    Source: Fan et al. 2310.12508; saliency_unlearn of OPTML-Group/Unlearn-Saliency, which drops labels
-    in both branches, clips before it masks, and sums the retain loss over pixels (alpha = weight).
+    Source: Fan et al. 2310.12508; saliency_unlearn of OPTML-Group/Unlearn-Saliency, which drops
+    labels in both branches and clips before it masks (alpha = weight).
     """
     mask = saliency_mask(model, data) if masked else None
     for _ in range(args.steps):
@@ -109,8 +112,9 @@ def salun(model, data, optimizer, args, masked=True):
         yield descend(loss, model, optimizer, mask)
 
 def guided_gradients(model, draw, batches, guidance=2.0):
-    """Yield the gradients of the summed-pixel loss of the *guided* output, clipped to norm 1, for each
-    of `batches` batches of draw(): a list in the order of model.parameters(). Network in eval mode.
+    """Yield the gradients of the summed-pixel loss of the *guided* output, clipped to norm 1, for
+    each of `batches` batches of draw(): a list in the order of model.parameters(). Network in eval
+    mode.
 
     Source: generate_mask and generate_fisher of the public SalUn and SFRon code, which do it so.
     """
@@ -120,15 +124,16 @@ def guided_gradients(model, draw, batches, guidance=2.0):
         t = antithetic_times(len(x0), x0.device)
         x_t, target = add_noise(model, x0, t, torch.randn_like(x0))
         error = guided_output(model, x_t, t, y, guidance) - target
-        model.zero_grad(set_to_none=False)
+        model.zero_grad()
         error.square().sum((1, 2, 3)).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         yield [p.grad.clone() for p in model.parameters()]
     model.train()
 
 def saliency_mask(model, data, batches=40):
-    """SalUn's mask: True for the half of all weights whose gradients of the forget loss, summed over
-    batches with their signs, are largest. Source: 2310.12508 equation 4, the threshold the median."""
+    """SalUn's mask: True for the half of all weights whose gradients of the forget loss, summed
+    over batches with their signs, are largest. Source: 2310.12508 equation 4, the threshold the
+    median."""
     total = [torch.zeros_like(p) for p in model.parameters()]
     for gradients in guided_gradients(model, data.forget, batches):
         total = [a + g for a, g in zip(total, gradients)]
@@ -142,8 +147,9 @@ def rl(model, data, optimizer, args):
     yield from salun(model, data, optimizer, args, masked=False)
 
 def sfron(model, data, optimizer, args):
-    """SFRon: a masked step *up* the forget loss, in which each example counts by 1/loss^0.5 (normalised
-    over the batch) and whose strength falls from `weight` along a cosine; then a step down l(D_r).
+    """SFRon: a masked step *up* the forget loss, in which each example counts by 1/loss^0.5
+    (normalised over the batch) and whose strength falls from `weight` along a cosine; then a step
+    down l(D_r).
 
     Source: Huang et al. 2409.19732; sfron_forget with "adaga" and "ron" in
     K1nght/Unified-Unlearning-w-Remain-Geometry, which masks before it clips.
@@ -159,8 +165,9 @@ def sfron(model, data, optimizer, args):
         yield descend(keep, model, optimizer) / data.pixels
 
 def fisher_mask(model, data, batches=40):
-    """SFRon's mask: True for the weights whose Fisher diagonal (mean squared batch gradient) on D_f is
-    at least that on D_r. Source: 2409.19732 section 4, generate_fisher_mask there, threshold 1."""
+    """SFRon's mask: True for the weights whose Fisher diagonal (mean squared batch gradient) on
+    D_f is at least that on D_r. Source: 2409.19732 section 4, generate_fisher_mask there,
+    threshold 1."""
     fisher = []
     for draw in (data.forget, data.retain):
         total = [torch.zeros_like(p) for p in model.parameters()]
@@ -182,19 +189,22 @@ def finetune(model, data, optimizer, args):
         yield descend(diffusion_loss(model, *data.retain()).mean(), model, optimizer)
 
 def swap(model, data, optimizer, args):
-    """Copy the label embedding of c' over that of c_f, then fine-tune: forgets nothing (baseline)."""
+    """Copy the label embedding of c' over that of c_f, then fine-tune: forgets nothing
+    (baseline)."""
     with torch.no_grad():
-        for factor, value in data.now:
+        for factor, value in data.forget_pairs:
             table = model.label_embs[factor].weight
             table[value] = table[data.substitutes[factor, value]].clone()
     yield from finetune(model, data, optimizer, args)
 
 def esd(model, data, optimizer, args):
-    """ESD: minimise MSE(network(x_t, c_f), eps(null) - eta * (eps(c_f) - eps(null)) of the frozen first
-    model) on noised D_f: away from the label, as negative guidance goes. Only label layers learn.
+    """ESD: minimise MSE(network(x_t, c_f), eps(null) - eta * (eps(c_f) - eps(null)) of the frozen
+    first model) on noised D_f: away from the label, as negative guidance goes. Only label layers
+    learn.
 
-    Source: Gandikota et al. 2303.07345 equation 5, eta = weight. There x_t is sampled from the model;
-    noised images of D_f stand for it here. For a v network the same mixture of v is the same target.
+    Source: Gandikota et al. 2303.07345 equation 5, eta = weight. There x_t is sampled from the
+    model; noised images of D_f stand for it here. For a v network the same mixture of v is the
+    same target.
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     mask = [torch.full_like(p, name.startswith("label_"), dtype=torch.bool)
@@ -203,16 +213,17 @@ def esd(model, data, optimizer, args):
         x0, y = data.forget()
         t = antithetic_times(len(x0), x0.device)
         x_t, _ = add_noise(model, x0, t, torch.randn_like(x0))
-        target = guided_output(frozen, x_t, t, y, -1 - args.weight)
+        target = guided_output(frozen, x_t, t, y, -1 - args.weight)    # -eta cond + (1 + eta) null
         loss = (model(x_t, t, y) - target).square().mean()
         yield descend(loss, model, optimizer, mask, mask_first=True)
 
 def sa(model, data, optimizer, args, replayed=200, examples=50):
-    """Selective Amnesia: minimise C*H*W * (l(uniform noise labelled c_f) + l(replayed samples)) + weight
-    * sum of Fisher * (weights' change)^2, without label dropout.
+    """Selective Amnesia: minimise C*H*W * (l(uniform noise labelled c_f) + l(replayed samples)) +
+    weight * sum of Fisher * (weights' change)^2, without label dropout.
 
-    Source: Heng & Soh 2305.10120; train_forget of clear-nus/selective-amnesia, gamma = 1. The Fisher
-    diagonal is that of the replayed samples: the first model's own, of retained conditions only.
+    Source: Heng & Soh 2305.10120; train_forget of clear-nus/selective-amnesia, gamma = 1. The
+    Fisher diagonal is that of the replayed samples: the first model's own, of retained conditions
+    only.
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     cells = torch.unique(data.retain_set[1], dim=0)
@@ -230,8 +241,9 @@ def sa(model, data, optimizer, args, replayed=200, examples=50):
         yield descend(loss, model, optimizer) / data.pixels
 
 def fisher_diagonal(model, x0, y, times=10):
-    """Selective Amnesia's Fisher diagonal, a list like model.parameters(): the gradient of an example's
-    summed-pixel loss, summed over timesteps, squared; the mean over examples (x0 (N, C, H, W), y (N, F)).
+    """Selective Amnesia's Fisher diagonal, a list like model.parameters(): the gradient of an
+    example's summed-pixel loss, summed over timesteps, squared; the mean over examples (x0 (N, C,
+    H, W), y (N, F)).
 
     Source: save_fim there. It takes all 1,000 timesteps; here `times` random ones stand for them.
     """
@@ -248,9 +260,9 @@ def fisher_diagonal(model, x0, y, times=10):
     model.train()
     return total
 
-# (method, settings with the preset small, with paper): steps, images of each term, learning rate, weight
-# (lambda, alpha, eta, ...). small: found on shapes; the rate falls to 0 along a cosine. paper: of the
-# method's own paper or public code; the rate is constant.
+# (method, settings with the preset small, with paper): steps, images of each term, learning rate,
+# weight (lambda, alpha, eta, ...). small: found on shapes; the rate falls to 0 along a cosine.
+# paper: of the method's own paper or public code; the rate is constant.
 METHODS = {
     "dimum": (dimum, (300, 16, 1e-3, 1.0), (10000, 64, 1e-4, 1.0)),
     "salun": (salun, (200, 32, 3e-4, 1e-3), (1000, 128, 1e-4, 1e-3)),
@@ -263,12 +275,15 @@ METHODS = {
     "swap": (swap, (0, 32, 3e-4, 1.0), (0, 128, 1e-4, 1.0)),
 }
 
-# ---- what is learned instead -------------------------------------------------------------------------
+# ---- what is learned instead ---------------------------------------------------------------------
 
 def substitutes(names, forget, forgotten, spec):
-    """{(factor, value): c'} for all that is forgotten: the first value after it, (c_f + 1) mod K as in
-    SalUn, that is not forgotten itself; for the pairs to forget now the K of spec "class:K"."""
+    """{(factor, value): c'} for all that is forgotten: the first value after it, (c_f + 1) mod K
+    as in SalUn, that is not forgotten itself; for the pairs to forget now the K of spec
+    "class:K"."""
     found, (kind, _, what) = {}, spec.partition(":")
+    require(not what or kind != "class" or len({factor for factor, _ in forget}) == 1,
+            f"--alternative {spec} fits one factor: forget class and style one after the other")
     for factor, value in forgotten:
         free = [v for v in range(len(names[factor])) if (factor, v) not in forgotten]
         found[factor, value] = next((v for v in free if v > value), free[0])
@@ -279,23 +294,24 @@ def substitutes(names, forget, forgotten, spec):
     return found
 
 def alternative_set(data, args):
-    """What DiMUM memorises, for all that is forgotten now or earlier: images uint8 (N, C, H, W), none
-    of which shows it, and labels (N, F) *with the forgotten value in them*.
+    """What DiMUM memorises, for all that is forgotten now or earlier: images uint8 (N, C, H, W),
+    none of which shows it, and labels (N, F) *with the forgotten value in them*.
 
-    args.alternative: "class" or "class:K" (images of c'; that the style stays as it is is our reading
-    of the paper), "mix" (all retained images), "image:PATH" (one picture) or "noise"; what was
-    forgotten earlier has "class". args.alt_size: a fixed random subset of so many images for each.
+    args.alternative: "class" or "class:K" (images of c'; that the style stays as it is is our
+    reading of the paper), "mix" (all retained images), "image:PATH" (one picture) or "noise"; what
+    was forgotten earlier has "class". args.alt_size: a fixed random subset of so many images for
+    each.
     """
     sets = []
-    for factor, value in data.forgotten:
+    for factor, value in data.all_pairs:
         images, y = data.retain_set
-        spec = args.alternative if (factor, value) in data.now else "class"
+        spec = args.alternative if (factor, value) in data.forget_pairs else "class"
         kind, _, what = spec.partition(":")
         if kind == "class":
             same = y[:, factor] == data.substitutes[factor, value]
             images, y = images[same], y[same]
         elif kind == "image":
-            with explain(f"--alternative {spec} cannot be read; give the path of a PNG or JPEG file"):
+            with explain(f"--alternative {spec} cannot be read; give the path of a picture"):
                 picture = read_image(what, images.shape[2], "L" if images.shape[1] == 1 else "RGB")
             y = torch.unique(y, dim=0)
             images = picture.to(y.device).expand(len(y), -1, -1, -1)
@@ -303,7 +319,7 @@ def alternative_set(data, args):
             images = torch.randint(0, 256, images[:1000].shape, dtype=torch.uint8, device=y.device)
             y = y[torch.randint(len(y), (len(images),), device=y.device)]
         else:
-            require(kind == "mix", f"--alternative {spec} is none of: class:K, mix, image:PATH, noise")
+            require(kind == "mix", f"--alternative {spec} is not class:K, mix, image:PATH or noise")
         require(len(y), f"--alternative {spec} has no images; choose another")
         if args.alt_size and args.alt_size < len(y):
             index = torch.randperm(len(y), device=y.device)[:args.alt_size]
@@ -316,22 +332,23 @@ def alternative_set(data, args):
 # ---- stage 2 -------------------------------------------------------------------------------------
 
 def find_model(args):
-    """The checkpoint to unlearn in: --ckpt, else the finished pretraining here, else the shipped one."""
+    """The checkpoint to unlearn in: --ckpt, else the finished pretraining here, else the shipped
+    one."""
     dataset = args.dataset or "shapes"
     trained, ours = Path("runs", dataset, "pretrain", "model.pt"), shipped(f"{dataset}.pt")
     if args.ckpt:
         return checkpoint_file(args.ckpt)
     if trained.is_file() and ours.is_file():
         steps = [load_checkpoint(path)[1]["made_by"]["steps"] for path in (trained, ours)]
-        require(steps[0] >= steps[1], f"{trained} was trained for {steps[0]} steps, the shipped model for "
+        require(steps[0] >= steps[1], f"{trained} was trained for {steps[0]} steps, {ours} for "
                 f"{steps[1]}; say which you mean: --ckpt {trained} or --ckpt {ours}")
     require(trained.is_file() or ours.is_file(), f"there is no {dataset} model yet; run 'python "
             f"train_ddpm.py --dataset {dataset}' first, or name one with --ckpt")
     return trained if trained.is_file() else ours
 
 def check_forget(forget, info, path):
-    """One line where there is nothing to forget, nothing would be left, or it is forgotten already.
-    (What an attack may have brought back can be unlearned again.)"""
+    """One line where there is nothing to forget, nothing would be left, or it is forgotten
+    already. (What an attack may have brought back can be unlearned again.)"""
     names = info["names"]
     require(forget, "say what to forget, by name or number: --cls 1, --style sketch, or both")
     again = [pair for pair in forget if pair in info["forgotten"]]
@@ -357,10 +374,10 @@ def show(before, after, args):
     if len(after["ua_of"]) > 1:
         print("UA of each: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in after["ua_of"].items()))
     if after["none"] > 0.05:
-        print(f"the judge sees no class or no style in {100 * after['none']:.0f} % of what was forgotten")
-    print(f"({after['forget_samples']} + {after['retain_samples']} samples, {args.sampler_steps} DDIM "
-          f"steps, guidance 2, seed {args.seed}; 95 % intervals; FID on classifier features, with its "
-          "standard error)")
+        print(f"{100 * after['none']:.0f} % of what should be forgotten shows no class or no style")
+    print(f"({after['forget_samples']} + {after['retain_samples']} samples, {args.sampler_steps} "
+          f"DDIM steps, guidance 2, seed {args.seed}; 95 % intervals; FID on classifier features, "
+          "with its standard error)")
 
 def parse():
     parser = make_parser(__doc__)
@@ -368,16 +385,18 @@ def parse():
     flag("--method", choices=[*METHODS, "sfront"], default="dimum", help="default dimum")
     flag("--cls", nargs="+", metavar="K", help="classes to forget, by name or number")
     flag("--style", nargs="+", metavar="K", help="styles to forget")
-    flag("--ckpt", metavar="MODEL", help="default: the pretraining in runs/, else the shipped model")
-    flag("--lambda", dest="weight", type=number(float, 0, 1e9), metavar="X", help="the loss's weight")
-    flag("--alternative", default="class", metavar="WHAT", help="c': class:K (default: the next one); "
-         "for DiMUM also mix, image:PATH or noise")
-    flag("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N images; default all")
-    flag("--samples", type=number(int, 1, 10 ** 6), default=240, help="a third of them forgotten (240)")
+    flag("--ckpt", metavar="MODEL", help="default: the pretraining in runs/, or the shipped model")
+    flag("--lambda", dest="weight", type=number(float, 0, 1e9), metavar="X", help="its lambda, alpha, eta")
+    flag("--alternative", default="class", metavar="WHAT", help="c': class:K, also for styles "
+         "(default: the next value); for DiMUM also mix, image:PATH or noise")
+    flag("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N images of each")
+    flag("--samples", type=number(int, 1, 10 ** 6), default=240, help="a third forgotten (240)")
     flag("--sampler-steps", type=number(int, 1, T), default=20, help="DDIM steps (default 20)")
-    flag("--eval-every", type=number(int, 1), metavar="N", help="UA and FID every N steps, in fid.png")
-    data_flags(flag, "<method>-cls1")
-    step_flags(flag)
+    flag("--eval-every", type=number(int, 1), metavar="N", help="UA and FID every N steps")
+    flag("--lr", type=number(float, 0, 10), help="learning rate; default by method and preset")
+    dataset_flag(flag)
+    data_flags(parser, "<method>-cls1")
+    step_flags(parser)
     args = parser.parse_args()
     args.method = args.method.replace("sfront", "sfron")           # the paper writes Sfront
     return args
@@ -386,19 +405,20 @@ def main():
     args = parse()
     device, path = pick_device(args.device), find_model(args)
     model, info = load_checkpoint(path, device)
-    require(args.dataset in (None, info["dataset"]), f"{path} draws {info['dataset']}: leave --dataset "
-            "out, or name another model with --ckpt")
+    require(args.dataset in (None, info["dataset"]), f"{path} draws {info['dataset']}: leave "
+            "--dataset out, or name another model with --ckpt")
     names, forget, size = info["names"], find_pairs(args, info["names"]), model.cfg.image_size
     check_forget(forget, info, path)
     method, small, paper = METHODS[args.method]
-    keys, usual = ("steps", "batch_size", "lr", "weight"), small if info["preset"] == "small" else paper
-    settings = override(dict(zip(keys, usual)), args, *keys)
+    keys = "steps", "batch_size", "lr", "weight"
+    usual = dict(zip(keys, small if info["preset"] == "small" else paper))
+    settings = override(usual, args, *keys)
     vars(args).update(settings, dataset=info["dataset"])
     print(f"{args.method}: forget {pairs_text(forget, names)} in {path}; {args.steps} steps, "
           f"{args.batch_size} images a term, lr {args.lr:g}, weight {args.weight:g}")
 
     images, y, found = load_data(args.dataset, "train", args.data_dir, device, size)
-    require(found == names, f"{path} knows other names than '{args.data_dir}' holds; give --data-dir")
+    require(found == names, f"{path} knows other names than '{args.data_dir}': give --data-dir")
     earlier = [pair for pair in info["forgotten"] if pair not in forget]
     forgotten, flip = sorted({*forget, *earlier}), args.dataset == "cifar10"
     measure, protocol = evaluator(info, images, y, forgotten, forgotten, args, device)
@@ -426,7 +446,8 @@ def main():
                "alternative": args.alternative, "alt_size": args.alt_size, **settings}
     write_losses(folder, losses, args.method)
     save_before_after(folder / "samples.png", names, forgotten, labels, images_before, images_after)
-    save_checkpoint(folder / "model.pt", model, {**info, "forgotten": forgotten, "made_by": made_by})
+    info.update(forgotten=forgotten, made_by=made_by)
+    save_checkpoint(folder / "model.pt", model, info)
     if args.eval_every:
         series = [p["step"] for p in curve], [p["fid"] or 0 for p in curve]
         save_plot(folder / "fid.png", {args.method: series}, "FID of retained conditions", "step")
@@ -435,7 +456,7 @@ def main():
         "before": before, "after": after, "curve": curve if args.eval_every else [],
         "protocol": protocol, "args": vars(args)})
     show(before, after, args)
-    print(f"wrote {folder}/model.pt, result.json, samples.png; {seconds:.0f} seconds of unlearning\n"
+    print(f"wrote {folder}/model.pt, result.json, samples.png; {seconds:.0f} s of unlearning\n"
           f"next: python attack.py {shlex.quote(str(folder))}{data_words(args)}")
 
 if __name__ == "__main__":
