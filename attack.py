@@ -170,7 +170,8 @@ def make_table(folder):
             row[-1] = ", ".join(str(m["half_life"]).replace("None", "-") for m in runs)
             heights = list(zip(*([p["ar"] for p in m["curve"]] for m in runs)))
             means, lows, highs = (list(map(f, heights)) for f in (statistics.fmean, min, max))
-            name = f"{r['method']} {r['forget']} {how} {attack}"
+            name = f"{r['method']} {r['forget']} {r.get('steps')} x {r.get('lr')}; {r['aux']}"
+            name += "" if name not in curves else f" ({len(curves)})"
             curves[name] = [p["step"] for p in r["curve"]], means, lows, highs
         lines.append("| " + " | ".join(row) + " |")
     lines += ["", "Shares in %: the mean (lowest..highest run), or one run's [95 % interval]; FID "
