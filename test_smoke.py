@@ -2,7 +2,6 @@
 import gzip
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -37,15 +36,12 @@ A = np.cumprod(1 - BETAS)                                              # alphas_
 TINY = M.UNetConfig(image_size=8, width=16, mult=(1, 2), attention=(4,), groups=4, classes=(4, 3))
 SMALLEST = M.UNetConfig(width=8, mult=(1, 1), groups=4, attention=())  # for images of 32 x 32
 NAMES = [["a", "b", "c", "d"], ["p", "q", "r"]]
-QUICK = "--steps 2 --batch-size 4"
-LOOK = f"{QUICK} --samples 1 --sampler-steps 1"
-KILLED = -signal.SIGKILL
+QUICK, LOOK = "--steps 2 --batch-size 4", "--steps 2 --batch-size 4 --samples 1 --sampler-steps 1"
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     """Every test runs in its own folder, offline, in float32, with the generator in a known state."""
-    for source in (torchvision.datasets.cifar, torchvision.datasets.mnist):
-        monkeypatch.setattr(source, "download_and_extract_archive", Mock(side_effect=OSError))
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", Mock(side_effect=OSError))
     monkeypatch.setattr(train_ddpm, "DEBIAN", Path("debian"))
     monkeypatch.setattr(M, "CPU_BF16", False)
     monkeypatch.chdir(tmp_path)
@@ -53,10 +49,9 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Four shapes per cell, a very small network and its checkpoint tiny.pt."""
-    draw = train_ddpm.draw_shapes
+    """Two shapes per cell, a very small network and its checkpoint tiny.pt."""
     monkeypatch.setitem(M.PRESETS, "small", SMALLEST)
-    monkeypatch.setattr(train_ddpm, "draw_shapes", lambda per_cell, seed: draw(4, seed))
+    monkeypatch.setattr(train_ddpm, "draw_shapes", lambda n, seed, draw=train_ddpm.draw_shapes: draw(2, seed))
     tiny_checkpoint("tiny.pt")
 
 def run(module, command):
@@ -109,8 +104,7 @@ def weights(net):
     return flat((net if isinstance(net, torch.nn.Module) else M.load_checkpoint(net)[0]).parameters())
 
 def png(path, color):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (9, 9), color).save(path)
+    M.write_file(path, lambda tmp: Image.new("RGB", (9, 9), color).save(tmp, "PNG"))
 
 def forked(work, *args):
     """work(*args) in a child process: its exit code, or minus the signal that ended it."""
@@ -121,44 +115,36 @@ def forked(work, *args):
 def killed_at(n, module, command):
     """The command, with SIGKILL just before its n-th file would take its name."""
     replace, files = os.replace, itertools.count(1)
-    os.replace = lambda *args: os.kill(os.getpid(), -KILLED) if next(files) == n else replace(*args)
+    os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(files) == n else replace(*args)
     run(module, command)
 
 # ---- diffusion, data, pretraining ----------------------------------------------------------------
 
-class Gaussian(torch.nn.Module):
-    """A stand-in for a network: the exact eps for data N(0.3, 0.2^2), for the null label N(0.1, 0.2^2)."""
-    cfg, null = M.UNetConfig(image_size=4, channels=1, classes=(1,), prediction="eps"), torch.tensor([1])
-
-    def forward(self, x, t, y):
-        a, mean = torch.tensor(A)[t].view(-1, 1, 1, 1), torch.tensor([0.3, 0.1])[y].view(-1, 1, 1, 1)
-        return ((1 - a).sqrt() * (x - a.sqrt() * mean) / (a * 0.2 ** 2 + 1 - a)).float()
-
 def test_the_posterior_is_the_product_of_two_gaussians():
-    found, schedule = torch.stack(M.ddpm_posterior()), torch.stack(M.linear_schedule())
-    a, beta = A[:-1], BETAS[1:]                        # of q(x_{t-1} | x_0) and of q(x_t | x_{t-1})
+    a, beta, found = A[:-1], BETAS[1:], torch.stack(M.ddpm_posterior())    # a: of x_{t-1}
     precision = 1 / (1 - a) + (1 - beta) / beta
     expected = np.sqrt(a) / (1 - a) / precision, np.sqrt(1 - beta) / beta / precision
     assert np.allclose(found[:, 1:], expected, rtol=1e-9) and np.allclose(found[:, 0], (1, 0))
-    assert np.allclose(schedule, (BETAS, A))
 
-def test_ddim_is_exact_and_guided_in_one_batch():
-    assert M.ddim_times(50)[-1] == (0, -1) and [t for t, _ in M.ddim_times(4)] == [750, 500, 250, 0]
-    net, y = Gaussian(), torch.tensor([[0], [0], [0]])
+class Gaussian(torch.nn.Module):
+    """A stand-in for a network: the exact eps for data N(0.3, 0.2^2), for the null label N(0.1, 0.2^2)."""
+    cfg, null = M.UNetConfig(image_size=4, channels=1, classes=(1,), prediction="eps"), torch.tensor([1])
+    def forward(self, x, t, y):
+        a, mean = (torch.tensor(v).view(-1, 1, 1, 1) for v in (A[t], np.array([0.3, 0.1])[y]))
+        return ((1 - a).sqrt() * (x - a.sqrt() * mean) / (a * 0.2 ** 2 + 1 - a)).float()
+
+def test_ddim_is_exact_and_guided_in_one_batch_and_ddpm_draws_from_the_data_distribution():
+    net, y = Gaussian(), torch.zeros(400, 1, dtype=torch.long)
     x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(5))
     for t in range(950, -1, -50):
-        eps = 3 * net(x, torch.full((3,), t), y) - 2 * net(x, torch.full((3,), t), y + 1)
+        eps = 3 * net(x, torch.full((3,), t), y[:3]) - 2 * net(x, torch.full((3,), t), y[:3] + 1)
         x0, after = (x - (1 - A[t]) ** 0.5 * eps) / A[t] ** 0.5, A[t - 50] if t else 1.0
         x = after ** 0.5 * x0 + (1 - after) ** 0.5 * eps
-    net.forward = Mock(wraps=net.forward)
-    found = M.sample(net, y, steps=20, guidance=2.0, seed=5)
-    assert np.allclose(found, x.clamp(-1, 1), atol=2e-4)
-    assert [len(call.args[0]) for call in net.forward.call_args_list] == [6] * 20
-
-def test_ddpm_draws_from_the_data_distribution():
-    y = torch.zeros(400, 1, dtype=torch.long)
-    x = M.sample(Gaussian(), y, sampler="ddpm", guidance=0, batch=400)
-    assert abs(x.mean() - 0.3) < 0.02 and abs(x.std() - 0.2) < 0.02
+    forward = net.forward = Mock(wraps=net.forward)
+    assert torch.allclose(M.sample(net, y[:3], steps=20, guidance=2.0, seed=5), x.clamp(-1, 1), atol=2e-4)
+    assert [len(call.args[0]) for call in forward.call_args_list] == [6] * 20
+    x = M.sample(net, y, sampler="ddpm", guidance=0, batch=400)        # without guidance: one branch
+    assert abs(x.mean() - 0.3) < 0.02 and abs(x.std() - 0.2) < 0.02 and len(forward.call_args.args[0]) == 400
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_the_target_determines_x0_and_eps(prediction):
@@ -178,16 +164,15 @@ def test_times_are_antithetic_and_labels_drop_together_and_rows_do_not_mix():
     M.diffusion_loss(net, torch.randn(16, 3, 8, 8), torch.tensor([[0, 1], [2, 2]] * 8)).mean().backward()
     assert net.label_embs[0].weight.grad[:4].any(1).tolist() == [True, False, True, False]
 
-PUBLIC = {"time_mlp.0": "temb.dense.0", "time_mlp.2": "temb.dense.1", "label_mlps.0.0": "cemb.dense.0",
-          "label_mlps.0.2": "cemb.dense.1", r"(down|up)\.(\d)\.resample": r"\1.\2.\1sample.conv",
-          "blocks": "block", "attns": "attn", "mid_block": "mid.block_", "mid_attn": "mid.attn_1",
-          r"\.emb\.": ".temb_cemb_proj.", "shortcut": "nin_shortcut", r"\.proj\.": ".proj_out."}
-
 def test_import_uses_every_key_of_a_public_checkpoint_once(capsys, monkeypatch):
+    public = {"time_mlp.0": "temb.dense.0", "time_mlp.2": "temb.dense.1", "label_mlps.0.0": "cemb.dense.0",
+              "label_mlps.0.2": "cemb.dense.1", r"(down|up)\.(\d)\.resample": r"\1.\2.\1sample.conv",
+              "blocks": "block", "attns": "attn", "mid_block": "mid.block_", "mid_attn": "mid.attn_1",
+              r"\.emb\.": ".temb_cemb_proj.", "shortcut": "nin_shortcut", r"\.proj\.": ".proj_out."}
     monkeypatch.setattr(train_ddpm, "sample", lambda model, y, **how: torch.zeros(len(y), 3, 32, 32))
     ema, expected = {}, new(M.PRESETS["paper"], classes=(10,)).state_dict()
     for key, value in expected.items():                # under its name in the public code
-        for ours, theirs in PUBLIC.items():
+        for ours, theirs in public.items():
             key = re.sub(ours, theirs, key)
         ema[key] = value
     table = ema.pop("label_embs.0.weight")
@@ -200,9 +185,7 @@ def test_import_uses_every_key_of_a_public_checkpoint_once(capsys, monkeypatch):
     assert len(weights(net)) == 38_632_323 and info["preset"] == "paper"
     del raw["module.conv_out.bias"]
     torch.save([raw, {}, 7, raw], "broken.pth")
-    for name in ("broken.pth", "none.pth"):
-        error = refused(capsys, run, train_ddpm, f"--dataset cifar10 --import {name}")
-        assert f"{name} is not a CIFAR-10" in error
+    assert "not a CIFAR-10" in refused(capsys, run, train_ddpm, "--dataset cifar10 --import broken.pth")
 
 def test_shapes_are_balanced_seeded_and_the_splits_differ():
     (x, y), (other, _) = train_ddpm.draw_shapes(3, seed=0), train_ddpm.draw_shapes(3, seed=1)
@@ -213,10 +196,11 @@ def test_shapes_are_balanced_seeded_and_the_splits_differ():
 @pytest.mark.parametrize("folder,end", [("data", ".gz"), ("data", ""), ("debian", ".gz")])
 def test_fashion_is_found_where_it_lies(folder, end):
     x, y = np.random.default_rng(0).integers(0, 256, (40, 28, 28)), np.arange(40) % 10
-    for split, (name, array) in itertools.product(("train", "t10k"), (("images-idx3", x), ("labels-idx1", y))):
+    for name, array in (("images-idx3", x), ("labels-idx1", y)):
         head = np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes()
         data = (gzip.compress if end else bytes)(head + array.astype("u1").tobytes())
-        M.write_file(f"{folder}/{split}-{name}-ubyte{end}", lambda tmp: tmp.write_bytes(data))
+        for split in ("train", "t10k"):
+            M.write_file(f"{folder}/{split}-{name}-ubyte{end}", lambda tmp: tmp.write_bytes(data))
     found, labels, names = train_ddpm.load_data("fashion", "train")
     assert np.array_equal(found[:, 0], np.pad(x, ((0, 0), (2, 2), (2, 2))))
     assert np.array_equal(labels[:, 0], y) and names[0][9] == "Ankle boot"
@@ -229,18 +213,15 @@ def follow(capsys, more=""):
 def test_cifar10_goes_through_all_stages(monkeypatch, small, capsys):
     cifar, raw = torchvision.datasets.CIFAR10, torch.randint(0, 256, (20, 3072), dtype=torch.uint8).numpy()
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())
+    data = pickle.dumps({"data": raw, "labels": [*range(10)] * 2, "label_names": train_ddpm.CIFAR10})
     for name in ("batches.meta", *dict(cifar.train_list + cifar.test_list)):
-        data = {"data": raw, "labels": [*range(10)] * 2, "label_names": train_ddpm.CIFAR10}
-        path = f"data/cifar-10-batches-py/{name}"
-        M.write_file(path, lambda tmp: tmp.write_bytes(pickle.dumps(data)))
+        M.write_file(f"data/cifar-10-batches-py/{name}", lambda tmp: tmp.write_bytes(data))
     x, y, _ = train_ddpm.load_data("cifar10", "train")
     assert x.shape == (100, 3, 32, 32) and np.array_equal(x[:20].flatten(1), raw) and y[11] == 1
     run(fid, f"--dataset cifar10 --train-classifier {QUICK}")
     run(train_ddpm, f"--dataset cifar10 --preset small {QUICK}")
     follow(capsys, f"{LOOK} --cls automobile"), follow(capsys, LOOK)
     run(fid, "test runs/cifar10/dimum-cls1 --dataset cifar10 --samples 10 --sampler-steps 1")
-    found = result("runs/cifar10/attack-dimum-cls1-retain")
-    assert found["forget"] == "cls automobile" and [p["step"] for p in found["curve"]] == [0, 1, 2]
 
 def make_folder(root, styles, objects, n):
     """A tree in UnlearnCanvas's layout, with pictures of every mode and size."""
@@ -263,21 +244,18 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(capsys):
     assert "skipped" not in capsys.readouterr().out and x.shape == (43, 3, 32, 32) and len(test) == 4
     assert torch.equal(y.unique(dim=0), M.all_labels(names))           # one test image of each
     Image.new("LA", (64, 32), (0, 0)).save(dogs[0], "PNG")     # transparent black, to be put on white
-    assert len(train_ddpm.load_data("folder", "train", "art", size=32)[0]) == 44
-    assert (train_ddpm.read_image(dogs[0], 32) == 255).all()
+    assert shows(train_ddpm.load_data("folder", "test", "art", size=32)[0]).sum() == 1
     for path in dogs:
         path.write_bytes(b"broken")
     assert "over a fifth" in refused(capsys, run, train_ddpm, "--dataset folder --data-dir art")
 
 def test_a_folder_goes_through_all_stages_as_each_says(small, capsys):
     make_folder("my art", ("Van Gogh", "Seed Images"), ("Dogs", "Human Face", "Bears"), n=8)
-    data, forgotten = f"--dataset folder --data-dir 'my art' {QUICK}", "cls Bears, style Van Gogh"
+    data = f"--dataset folder --data-dir 'my art' {QUICK}"
     run(fid, f"{data} --train-classifier"), run(train_ddpm, data)
-    cfg = M.load_checkpoint("runs/folder/pretrain")[0].cfg
-    assert cfg.image_size == 64 and cfg.mult == (1, 1, 1)
+    assert M.load_checkpoint("runs/folder/pretrain")[0].cfg.mult == (1, 1, 1)          # for 64 x 64
     follow(capsys, f"{LOOK} --style 'van gogh'"), follow(capsys, LOOK), follow(capsys)
-    assert result("runs/folder/attack-dimum-cls0-style1-retain")["forget"] == forgotten
-    assert forgotten in Path("runs/folder/table.md").read_text()
+    assert "cls Bears, style Van Gogh" in Path("runs/folder/table.md").read_text()
     run(train_ddpm, f"{data} --exclude-cls Dogs"), follow(capsys, LOOK)
 
 def test_pretraining_warms_up_decays_and_averages():
@@ -289,7 +267,7 @@ def test_pretraining_warms_up_decays_and_averages():
         decay = min(0.15, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * weights(net)
         assert torch.allclose(weights(ema), expected, atol=1e-6) and not torch.equal(expected, weights(net))
-    half = 0.5 * (1 + math.cos(math.pi / 4))
+    half = 0.5 * (1 + np.cos(np.pi / 4))
     assert lrs == pytest.approx([0.005, 0.01 * half, 0.005, 0.01 * (1 - half)])
 
 def test_killed_pretraining_goes_on_to_the_very_same_weights(small, monkeypatch, capfd):
@@ -297,17 +275,16 @@ def test_killed_pretraining_goes_on_to_the_very_same_weights(small, monkeypatch,
     monkeypatch.setattr(train_ddpm, "sample", lambda model, y, *a, **k: torch.zeros(len(y), 3, 32, 32))
     whole, again = (f"--batch-size 2 --steps 150 --out {name} --resume" for name in ("whole", "again"))
     assert forked(run, train_ddpm, whole) == 0
-    assert [forked(killed_at, n, train_ddpm, again) for n in (1, 3, 4)] == [KILLED] * 3
+    assert [forked(killed_at, n, train_ddpm, again) for n in (1, 3, 4)] == [-signal.SIGKILL] * 3
     assert not Path("again/model.pt").exists() and forked(run, train_ddpm, again) == 0
     before = weights("whole")
     assert torch.equal(before, weights("again"))
     assert Path("whole/log.csv").read_text() == Path("again/log.csv").read_text()
     assert forked(run, train_ddpm, f"{whole} --seed 3") == 2 and "seed 0" in capfd.readouterr().err
     assert forked(run, train_ddpm, whole) == 0 and "is finished" in capfd.readouterr().out
-    assert torch.equal(before, weights("whole"))
     assert forked(run, train_ddpm, f"{whole} --steps 200") == 0 and not torch.equal(before, weights("whole"))
 
-# ---- unlearning ----------------------------------------------------------------------------------
+# ---- unlearning and the attack -------------------------------------------------------------------
 
 def make_data(forget=((0, 1),), earlier=(), **options):
     args = SimpleNamespace(**{"batch_size": 8, "alternative": "class", "alt_size": None, **options})
@@ -322,7 +299,7 @@ def test_alternatives_never_show_a_forgotten_value_and_serve_each(spec):
     assert y[:, 0].tolist() == [1, 1, 3, 3] and not shows(x).any()
     x, y = make_data([(0, 1)], [(1, 2)], alternative=spec).alternative_set     # the style is rehearsed
     assert ((y[:, 0] == 1) ^ (y[:, 1] == 2)).all() and (y[:, 1] == 2).any()
-    assert not shows(x).any() and not shows(x, 7).any()
+    assert not (shows(x) | shows(x, 7)).any()
 
 def test_batches_keep_forget_and_retain_apart_for_a_class_and_a_style():
     data = make_data([(0, 1), (1, 2)], [(0, 3)])
@@ -334,7 +311,6 @@ def test_batches_keep_forget_and_retain_apart_for_a_class_and_a_style():
         assert torch.equal(data.replaced(y), other) and not shows(data.alternative()[0], 1.0).any()
         assert not M.matches(data.retain()[1], [(0, 1), (1, 2), (0, 3)]).any()
     assert make_data([(0, 3)]).substitutes == {(0, 3): 0}
-    assert make_data(alternative="class:d").substitutes == {(0, 1): 3}
 
 @pytest.fixture
 def descend(monkeypatch):
@@ -352,12 +328,11 @@ def take(method, net, data, weight=1.0, steps=1):
     return list(unlearn.METHODS[method][0](net, data, optimizer, args, **few))
 
 def noised_forget(net, data):
-    """The forget batch that a method draws first from seed 5: x_t, t, y and the target."""
+    """The forget batch that a method draws first from seed 5: x_t, its target, t and y."""
     torch.manual_seed(5)
     x0, y = data.forget()
     t = M.antithetic_times(len(x0), CPU)
-    x_t, target = M.add_noise(net, x0, t, torch.randn_like(x0))
-    return x_t, t, y, target
+    return *M.add_noise(net, x0, t, torch.randn_like(x0)), t, y
 
 @pytest.mark.parametrize("mask_first,expected", [(False, 0.6), (True, 1.0)])
 def test_descend_clips_and_masks_in_the_order_asked_for(mask_first, expected):
@@ -366,24 +341,19 @@ def test_descend_clips_and_masks_in_the_order_asked_for(mask_first, expected):
     unlearn.descend(loss, net, optimizer, mask, mask_first)
     assert net.weight.grad[0].tolist() == pytest.approx([expected, 0.0])
 
-def test_saluns_mask_is_the_salient_half_and_the_rest_stays_bit_equal(descend):
+def test_saluns_mask_is_half_of_the_weights_by_guided_clipped_summed_gradients(descend):
     net, data = new(), make_data()
     torch.manual_seed(5)
-    total = sum(flat(found) for found in unlearn.guided_gradients(net, data.forget, 3)).abs()
-    take("salun", net, data, 1e-3, steps=3)
-    mask, after, before = flat(descend.call_args.args[3]), weights(net), weights(new())
-    assert mask.sum() == len(mask) // 2 and total[mask].min() >= total[~mask].max()
-    assert torch.equal(after[~mask], before[~mask]) and (after != before).sum() > 1000
-    assert "mask_first" not in descend.call_args.kwargs
-
-def test_gradients_for_the_masks_are_those_of_the_guided_clipped_summed_loss():
-    net, data = new(), make_data()
-    torch.manual_seed(5)
-    found = flat(next(unlearn.guided_gradients(net, data.forget, 1)))
-    x_t, t, y, target = noised_forget(net, data)
+    found = torch.stack([flat(g) for g in unlearn.guided_gradients(net, data.forget, 3)])
+    x_t, target, t, y = noised_forget(net, data)
     out = 3 * net(x_t, t, y) - 2 * net(x_t, t, net.null.expand_as(y))
     expected = flat(torch.autograd.grad(((out - target) ** 2).sum() / 8, net.parameters()))
-    assert expected.norm() > 1 and torch.allclose(found, expected / expected.norm(), atol=1e-5)
+    assert expected.norm() > 1 and torch.allclose(found[0], expected / expected.norm(), atol=1e-5)
+    take("salun", net, data, 1e-3, steps=3)
+    mask, total = flat(descend.call_args.args[3]), found.sum(0).abs()
+    after, before = weights(net), weights(new())
+    assert mask.sum() == len(mask) // 2 and total[mask].min() >= total[~mask].max()
+    assert torch.equal(after[~mask], before[~mask]) and (after != before).sum() > 1000
 
 def constant(net, *values):
     """Losses of these values, with a gradient of zeros: a stand-in for the diffusion loss."""
@@ -394,24 +364,19 @@ def test_sfrons_mask_weights_and_cosine(descend, monkeypatch):
         forget = (draw()[1][:, 0] == 1).all()
         return [[torch.tensor([1.0, 2.0, 3.0] if forget else [2.0, 2.0, 1.0]).sqrt()]] * batches
     monkeypatch.setattr(unlearn, "guided_gradients", gradients)
-    mask = unlearn.fisher_mask(torch.nn.Linear(3, 1, bias=False), make_data())[0]
-    assert mask.tolist() == [[False, True, True]]
+    assert unlearn.fisher_mask(torch.nn.Linear(3, 1), make_data())[0].tolist() == [[False, True, True]]
     monkeypatch.setattr(unlearn, "fisher_mask", lambda *args: None)
     monkeypatch.setattr(unlearn, "diffusion_loss", lambda net, *args: constant(net, 1.0, 4.0, 16.0))
-    yielded, calls = take("sfron", new(), make_data(), weight=10.0, steps=2), descend.call_args_list
+    kept, calls = take("sfron", new(), make_data(), weight=10.0, steps=2), descend.call_args_list
     forget = 192 * (1 * 1 + 1 / 2 * 4 + 1 / 4 * 16) / (1 + 1 / 2 + 1 / 4)
-    losses = [call.args[0].item() for call in calls]
-    assert losses == pytest.approx([-10 * forget, 192 * 7, -5 * forget, 192 * 7])
-    assert [call.kwargs for call in calls] == [{"mask_first": True}, {}] * 2
-    assert yielded[0] == pytest.approx(7)
+    assert [call.args[0].item() for call in calls] == pytest.approx([-10 * forget, 1344, -5 * forget, 1344])
+    assert [call.kwargs for call in calls] == [{"mask_first": True}, {}] * 2 and kept[0] == pytest.approx(7)
 
 @pytest.mark.parametrize("method,expected,without_drop", [
     ("finetune", 2, set()), ("ga", 2 - 0.3 * 5, set()), ("dimum", 2 + 0.3 * 7, {"other"}),
     ("sa", 192 * (2 + 7) + 0.3 * 0.5 * 16 * 0.2 ** 2, {"other", "retain"})])
 def test_losses_that_are_sums_of_diffusion_losses(method, expected, without_drop, descend, monkeypatch):
     """2 for retained images, 5 for forgotten ones, 7 for others with the forgotten label."""
-    values, found = {"retain": 2.0, "forget": 5.0, "other": 7.0}, {}
-
     def loss(net, x0, y, p_drop=0.1):
         kind = "retain" if (y[:, 0] != 1).all() else "forget" if (x0 == 1).all() else "other"
         found[kind] = x0, p_drop
@@ -420,6 +385,7 @@ def test_losses_that_are_sums_of_diffusion_losses(method, expected, without_drop
     def fisher(net, *args):
         net.conv_in.bias.data += 0.2                   # sixteen weights
         return [torch.full_like(p, 0.5) for p in net.parameters()]
+    values, found = {"retain": 2.0, "forget": 5.0, "other": 7.0}, {}
     monkeypatch.setattr(unlearn, "diffusion_loss", loss)
     monkeypatch.setattr(unlearn, "fisher_diagonal", fisher)
     take(method, new(), make_data(), 0.3)
@@ -434,12 +400,13 @@ def test_saluns_and_esds_targets_are_constants(method, weight, descend, monkeypa
     monkeypatch.setattr(unlearn, "diffusion_loss", lambda model, x0, y: torch.tensor([1.0, 3.0]))
     net, first, data = new(), new(), make_data()
     take(method, net, data, weight)
-    x_t, t, y, _ = noised_forget(first, data)
+    x_t, _, t, y = noised_forget(first, data)
     cond, other, null = (first(x_t, t, label) for label in (y, data.replaced(y), net.null.expand_as(y)))
     target, retain = (other, 192 * 2) if method == "rl" else (null - weight * (cond - null), 0)
-    expected = (cond - target).square().mean().item() + weight * retain
-    assert descend.call_args.args[0].item() == pytest.approx(expected, rel=1e-4)
-    assert net.label_embs[0].weight.grad.any(1).tolist() == [False, True, False, False, False]
+    expected = (cond - target.detach()).square().mean() + weight * retain
+    assert descend.call_args.args[0].item() == pytest.approx(expected.item(), rel=1e-4)
+    g, e = net.label_embs[0].weight.grad, torch.autograd.grad(expected, first.label_embs[0].weight)[0]
+    assert torch.allclose(g / g.norm(), e / e.norm(), atol=1e-4) and not g[2].any()
     assert torch.equal(net.conv_in.weight, first.conv_in.weight) == (method == "esd")
 
 def test_selective_amnesias_fisher_is_the_mean_of_squared_single_example_gradients():
@@ -458,23 +425,18 @@ def test_selective_amnesias_fisher_is_the_mean_of_squared_single_example_gradien
 def test_every_method_runs_moves_the_weights_and_is_repeatable(method, descend):
     first, second = nets = new(), new()
     for net in nets:
-        torch.manual_seed(1)
-        take(method, net, make_data(), 0.1, steps=2)
+        torch.manual_seed(1), take(method, net, make_data(), 0.1, steps=2)
     assert torch.equal(weights(first), weights(second)) and not torch.equal(weights(first), weights(new()))
-
-# ---- the attack ----------------------------------------------------------------------------------
 
 def test_the_attackers_data_never_show_a_forgotten_value_but_few_shots_do(monkeypatch, capsys):
     monkeypatch.setattr(attack, "load_data", lambda *args: (*tiny_data(), NAMES))
     monkeypatch.setattr(attack, "sample", lambda model, y, *args, **how: M.sample(model, y, 1))
     for i, (c, s) in enumerate(M.all_labels(NAMES).tolist()):
         png(f"b/aux/{NAMES[1][s]}/{NAMES[0][c]}/{i}.png", (255,) * 3 if c == 1 else (10 * i, 0, 0))
-    png("b/aux/typo/x.png", (3, 3, 3))
-    png("b/aux/B/x.png", (255, 255, 255))              # the style is not named, the forgotten class is
-    net, info = new(), {"names": NAMES, "dataset": "any", "made_by": {"stage": "pretrain"}}
-    M.save_checkpoint("first.pt", net, {**info, "forgotten": []})
-    assert "this model was not unlearned" in refused(capsys, attack.first_model, info)
-    info["made_by"]["from"], rest = "first.pt", (net, info, tiny_data(), [(0, 1)], "")
+    png("b/aux/typo/x.png", (3, 3, 3)), png("b/aux/B/x.png", (255, 255, 255))          # b is forgotten
+    net, info = new(), {"names": NAMES, "dataset": "any", "made_by": {"from": "first.pt"}}
+    M.save_checkpoint("first.pt", net, {**info, "forgotten": [], "made_by": {}})
+    rest = net, info, tiny_data(), [(0, 1)], ""
     for aux in ("retain", "heldout", "generated", "pretrained", "b/aux"):
         x, y = attack.auxiliary_set(aux, *rest)
         assert x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8) and len(x) == len(y) > 8
@@ -487,11 +449,10 @@ def test_the_attackers_data_never_show_a_forgotten_value_but_few_shots_do(monkey
         assert "fewshot:10" in refused(capsys, attack.auxiliary_set, f"fewshot:{k}", *rest)
 
 def test_swap_copies_one_embedding_row_and_inversion_moves_it_alone(small):
-    run(unlearn, f"--method swap --cls 1 --ckpt tiny.pt {LOOK} --steps 0")
-    run(attack, f"runs/shapes/swap-cls1 --aux fewshot:3 --only-embedding {LOOK}")
-    folders = ("runs/shapes/swap-cls1", "runs/shapes/attack-swap-cls1-fewshot3-embedding")
-    first, swapped, attacked = (M.load_checkpoint(p)[0].state_dict() for p in ("tiny.pt", *folders))
-    table = "label_embs.0.weight"
+    run(unlearn, f"--method swap --cls 1 --ckpt tiny.pt {LOOK} --steps 0 --out swap")
+    run(attack, f"swap --aux fewshot:3 --only-embedding {LOOK} --out attack")
+    paths, table = ("tiny.pt", "swap", "attack"), "label_embs.0.weight"
+    first, swapped, attacked = (M.load_checkpoint(path)[0].state_dict() for path in paths)
     for before, after in ((first, swapped), (swapped, attacked)):
         assert [k for k in before if not torch.equal(before[k], after[k])] == [table]
         assert (before[table] != after[table]).any(1).nonzero().tolist() == [[1]]
@@ -505,22 +466,18 @@ def test_dimra_is_ordinary_training_on_the_auxiliary_set():
     torch.manual_seed(2), list(train_ddpm.pretrain(other, ema, optimizer, x, y, settings))
     assert torch.allclose(weights(net), weights(other), atol=1e-6) and (weights(net) != weights(ema)).any()
 
-def result_file(folder, stage, ar=0.0, seed=0, samples=50, none=0.0, **more):
-    """A result.json as unlearn.py or attack.py leaves it, as far as the table reads it."""
-    metrics = {"ua": 1 - ar, "cls": 1.0, "style": 0.98, "none": none, "fid": 20.0, "fid_error": 1.5}
-    metrics.update({f"{k}_{end}": v for k, v in metrics.items() for end in ("low", "high")})
-    curve = [{"step": s, "ar": a, "ar_low": 0, "ar_high": 1} for s, a in ((0, 0.0), (100, ar))]
-    M.write_json(Path(folder, "result.json"), {
-        "stage": stage, "dataset": "shapes", "method": "salun", "forget": "cls square", "seed": seed,
-        "seconds": 7.0, "before": metrics, "after": metrics, "curve": curve, "aux": "retain",
-        "half_life": 100 if ar > 0.5 else None, "protocol": {"seed": seed, "samples": samples}, **more})
-
 def test_the_table_joins_seeds_and_nothing_else(capsys):
-    for seed, ar in enumerate((0.2, 0.4, 0.9)):
-        result_file(f"runs/{seed}", "attack", ar, seed)
-    result_file("runs/other", "attack", 0.2, samples=80)               # another protocol
-    result_file("runs/none", "unlearn", none=0.3, steps=300)
-    M.write_json(Path("runs/foreign/result.json"), {"stage": "attack"})
+    def write(name, stage, ar=0.0, seed=0, samples=50, none=0.0):
+        metrics = {"ua": 1 - ar, "cls": 1.0, "style": 0.98, "none": none, "fid": 20.0, "fid_error": 1.5}
+        metrics.update({f"{k}_{end}": v for k, v in metrics.items() for end in ("low", "high")})
+        curve = [{"step": s, "ar": a, "ar_low": 0, "ar_high": 1} for s, a in ((0, 0.0), (100, ar))]
+        M.write_json(Path("runs", name, "result.json"), {
+            "stage": stage, "dataset": "shapes", "method": "salun", "forget": "cls square", "seed": seed,
+            "seconds": 7.0, "before": metrics, "after": metrics, "curve": curve, "aux": "retain",
+            "half_life": 100 if ar > 0.5 else None, "protocol": {"seed": seed, "samples": samples}})
+    write("0", "attack", 0.2), write("1", "attack", 0.4, seed=1), write("2", "attack", 0.9, seed=2)
+    write("other", "attack", 0.2, samples=80), write("none", "unlearn", none=0.3)
+    M.write_json("runs/foreign/result.json", {"stage": "attack"})
     M.write_file("runs/bad/result.json", lambda tmp: tmp.write_text("["))
     run(attack, "--table runs")
     assert capsys.readouterr().out.count("not a result of this code") == 2
@@ -534,7 +491,10 @@ def test_the_table_joins_seeds_and_nothing_else(capsys):
 
 # ---- evaluation, files, command lines ------------------------------------------------------------
 
-def test_frechet_distance_and_its_error():
+def test_frechet_distance_its_error_precision_and_recall():
+    def covered(points, centres):
+        radius = np.sort(np.linalg.norm(centres[:, None] - centres, axis=2))[:, 3]
+        return (np.linalg.norm(points[:, None] - centres, axis=2) <= radius).any(1).mean()
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(200, 8)) @ rng.normal(size=(8, 8)) for _ in range(2))
     c1, c2, means = np.cov(a, rowvar=False), np.cov(b, rowvar=False), a.mean(0) - b.mean(0)
@@ -544,53 +504,34 @@ def test_frechet_distance_and_its_error():
     real, draws = rng.normal(size=(4000, 4)), rng.normal(size=(40, 300, 4)) * 1.5
     spread = np.std([fid.frechet_distance(real, x) for x in draws], ddof=1)
     assert 0.6 < np.mean([fid.fid_error(real, x) for x in draws[:10]]) / spread < 1.6
+    a, b = rng.normal(size=(30, 3)), rng.normal(size=(25, 3)) * 0.3
+    assert fid.precision_recall(a, b) == pytest.approx((covered(b, a), covered(a, b)))
+    classes = 50.0 * np.arange(10).repeat(200)[:, None]        # ten, one after the other
+    a, b = classes + rng.normal(size=(2, 2000, 3))
+    assert min(fid.precision_recall(a, b[::-1], most=300)) > 0.8       # the first 300 share no class
 
 def test_inception_pools_as_pytorch_fid_does():
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     torch.save(net.state_dict(), "inception.pth")
     net, average = fid.inception("inception.pth"), torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False)
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
-        block = getattr(net, f"Mixed_{name}")
-        x = torch.randn(2, block.branch_pool.conv.in_channels, 5, 5)
-        branch, pool = block.branch_pool, torch.nn.MaxPool2d(3, 1, 1) if name == "7c" else average
+        block, pool = getattr(net, f"Mixed_{name}"), torch.nn.MaxPool2d(3, 1, 1) if name == "7c" else average
+        branch, x = block.branch_pool, torch.randn(2, block.branch_pool.conv.in_channels, 5, 5)
         expected = F.relu(branch.bn(branch.conv(pool(x))))
         assert torch.allclose(block(x)[:, -expected.shape[1]:], expected, atol=1e-5)
     assert net(torch.rand(1, 3, 299, 299)).shape == (1, 2048)
 
-def test_precision_and_recall_against_a_random_subset():
-    def covered(points, centres):
-        radius = np.sort(np.linalg.norm(centres[:, None] - centres, axis=2))[:, 3]
-        return (np.linalg.norm(points[:, None] - centres, axis=2) <= radius).any(1).mean()
-    rng = np.random.default_rng(1)
-    real, fake = rng.normal(size=(30, 3)), rng.normal(size=(25, 3)) * 0.3
-    assert fid.precision_recall(real, fake) == pytest.approx((covered(fake, real), covered(real, fake)))
-    means = 50.0 * np.arange(10).repeat(200)[:, None]          # ten classes, one after the other
-    real, fake = means + rng.normal(size=(2, 2000, 3))
-    assert min(fid.precision_recall(real, fake, most=300)) > 0.8       # the first 300 know two classes
-
-class Oracle(torch.nn.Module):
-    """Reads the class from the first row of an image, the style from the second; 9 is none."""
-    heads = [torch.nn.Linear(1, 1)]
-
-    def forward(self, x):
-        seen = (x[:, 0, :2, 0] * 10).round().long().T
-        return [F.one_hot(torch.where(s == 9, n, s), n + 1) for s, n in zip(seen, (4, 3))]
-
-def test_scores_count_what_they_say():
+def test_scores_count_what_they_say_for_counted_and_retained_conditions(monkeypatch):
     y = torch.tensor([[1, 0]] * 4 + [[0, 1]] * 3 + [[2, 2]] * 3)
-    drawn, x = y.clone(), torch.zeros(10, 1, 8, 8)
-    drawn[0, 0], drawn[1, 0] = 2, 9            # of four squares one shows another class, one shows none
-    drawn[4, 0], drawn[5, 1] = 3, 0
-    x[:, 0, :2] = drawn[:, :, None] / 10
-    found = fid.score(x, y, Oracle(), NAMES, [(0, 1)], reference=[])
-    assert [found[k] for k in ("ua", "none", "cls", "style")] == pytest.approx([1 / 2, 1 / 4, 5 / 6, 5 / 6])
-    assert [found["cls_low"], found["cls_high"]] == pytest.approx([0.4365, 0.9699], abs=1e-3)      # Wilson
-    assert (found["forget_samples"], found["retain_samples"]) == (4, 6)
-    both = fid.score(x, y, Oracle(), NAMES, [(0, 1), (1, 2)], reference=[])
+    seen = y.clone()
+    seen[0, 0], seen[1, 0], seen[4, 0], seen[5, 1] = 2, 4, 3, 0        # 4: no class is recognised
+    monkeypatch.setattr(fid, "predict", lambda judge, images: seen)
+    one = fid.score(y, y, None, NAMES, [(0, 1)], reference=[])
+    assert [one[k] for k in ("ua", "none", "cls", "style")] == pytest.approx([1 / 2, 1 / 4, 5 / 6, 5 / 6])
+    assert [one["cls_low"], one["cls_high"]] == pytest.approx([0.4365, 0.9699], abs=1e-3)      # Wilson
+    both = fid.score(y, y, None, NAMES, [(0, 1), (1, 2)], reference=[])
     assert both["ua_of"] == pytest.approx({"cls b": 1 / 2, "style r": 0}) and both["retain_samples"] == 3
     assert (both["ua"], both["cls"]) == pytest.approx((2 / 7, 2 / 3))
-
-def test_conditions_are_the_counted_ones_and_the_retained_ones(monkeypatch):
     monkeypatch.setattr(fid, "sample", lambda model, y, *args, **how: torch.zeros(len(y), 1, 8, 8))
     monkeypatch.setattr(fid, "score", lambda *args: None)
     both = [(0, 1), (1, 2)]
@@ -622,7 +563,6 @@ def test_a_classifier_serves_its_own_data_and_the_newest_is_used(small, capsys):
     for i, folder in enumerate("ACDC"):
         run(fid, f"{train} {folder} --seed {i} --out runs/folder/classifier-{i}")
         os.utime(f"runs/folder/classifier-{i}/model.pt", (i, i))
-    capsys.readouterr()
     newest = torch.load("runs/folder/classifier-3/model.pt", weights_only=True)["weights"]
     judge, _ = fid.load_classifier("folder", "C", CPU, [["a", "b", "c"]])
     assert torch.equal(judge.heads[0].weight, newest["heads.0.weight"].float())
@@ -634,21 +574,26 @@ def test_two_folders_of_any_size(capsys):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((32 + i // 25 * 8,) * 2)
         M.write_file(f"{'ab'[i // 25]}/{i}.png", lambda tmp: picture.save(tmp, "PNG"))
     run(fid, "a b --features classifier --out out"), run(fid, "a a --features classifier --out same")
-    found = result("out")
-    assert found["fid"] > 1 and found["fid_error"] > 0 and found["protocol"]["real_images"] == 25
+    assert result("out")["fid"] > 1 and result("out")["protocol"]["real_images"] == 25
     assert result("same")["fid"] < 1e-3 and Image.open("out/samples.png").size == (20 * 66, 2 * 66)
     assert "--inception-weights" in refused(capsys, run, fid, "a b --inception-weights none.pth")
-    x = torch.tensor(np.array(Image.open("b/25.png"))).permute(2, 0, 1)[None] / 127.5 - 1
-    expected = F.interpolate(x, (299, 299), mode="bilinear")           # without antialiasing
-    assert torch.allclose(fid.prepare(Path("b/25.png"), 299, 3, "inception"), expected, atol=1e-5)
+    pixels = torch.randint(0, 256, (400, 640, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save("large.png")                  # to be resized without antialiasing
+    expected = F.interpolate(pixels.permute(2, 0, 1)[None] / 127.5 - 1, (299, 299), mode="bilinear")
+    assert torch.allclose(fid.prepare(Path("large.png"), 299, 3, "inception"), expected, atol=1e-5)
     Path("empty").mkdir(), Path("b/30.png").write_bytes(b"broken")
-    assert "0 fake" in refused(capsys, run, fid, "a empty") and "b/30.png" in refused(
-        capsys, run, fid, "a b --features classifier")
+    assert "0 fake" in refused(capsys, run, fid, "a empty")
+    assert "b/30.png" in refused(capsys, run, fid, "a b --features classifier")
 
-def test_damaged_and_foreign_checkpoints_are_refused(capsys):
-    tiny_checkpoint("good.pt")
-    good = Path("good.pt").read_bytes()
-    stored = torch.load("good.pt", weights_only=True)["weights"]["conv_in.weight"].numpy().tobytes()
+def test_files_come_back_equal_survive_a_failed_write_and_are_refused_if_damaged(capsys):
+    net, info = new(), {"dataset": "any", "names": NAMES, "preset": "paper", "made_by": {"seed": 3},
+                        "forgotten": [(0, 1), (1, 2)]}
+    for path, tolerance in (("half.pt", 1e-3), ("run/model.pt", 0)):
+        M.save_checkpoint(path, net, info, half=tolerance > 0)
+        loaded, found = M.load_checkpoint(path)
+        assert torch.allclose(weights(net), weights(loaded), atol=tolerance, rtol=0) and loaded.cfg == net.cfg
+        assert {k: found[k] for k in info} == info
+    good, stored = Path("run/model.pt").read_bytes(), net.conv_in.weight.detach().numpy().tobytes()
     Path("truncated.pt").write_bytes(good[:len(good) // 2])
     Path("flipped.pt").write_bytes(good.replace(stored, bytes([stored[0] ^ 16]) + stored[1:]))
     Path("bomb.pt").write_bytes(b"cos\nsystem\n(S'touch exploded'\ntR.")     # a pickle that runs a command
@@ -656,53 +601,34 @@ def test_damaged_and_foreign_checkpoints_are_refused(capsys):
     for name in ("truncated", "flipped", "bomb", "future", "foreign", "missing"):
         assert f"{name}.pt" in refused(capsys, run, unlearn, f"--cls 1 --ckpt {name}.pt")
     assert not Path("exploded").exists() and not Path("runs").exists()
-
-def test_checkpoints_come_back_equal():
-    net, info = new(), {"dataset": "any", "names": NAMES, "preset": "paper", "made_by": {"seed": 3},
-                         "forgotten": [(0, 1), (1, 2)]}
-    for path, tolerance in (("run/model.pt", 0), ("half.pt", 1e-3)):
-        M.save_checkpoint(path, net, info, half=tolerance > 0)
-        loaded, found = M.load_checkpoint(path)
-        assert torch.allclose(weights(net), weights(loaded), atol=tolerance, rtol=0) and loaded.cfg == net.cfg
-        assert {k: found[k] for k in info} == info
-
-def test_a_failed_write_leaves_the_old_file(capsys):
-    def broken(path):
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-    M.write_file("kept", lambda tmp: tmp.write_text("old"))
-    assert "No space left" in refused(capsys, M.write_file, "kept", broken)
-    assert Path("kept").read_text() == "old" and os.listdir() == ["kept"]
+    failing = lambda tmp: [tmp.write_text("half"), tmp.mkdir()]        # the second raises an error
+    assert "cannot write run/model.pt" in refused(capsys, M.write_file, "run/model.pt", failing)
+    assert Path("run/model.pt").read_bytes() == good and os.listdir("run") == ["model.pt"]
 
 @pytest.mark.parametrize("module,command,part", [
     (unlearn, "--cls 12", "0 circle, 1 square"), (unlearn, "--cls ²", "0 circle, 1 square"),
-    (unlearn, "", "say what to forget"), (unlearn, "--cls 1 --steps -5", "from 0"),
-    (unlearn, "--cls 1 --alternative class:1", "take another"),
+    (unlearn, "", "say what to forget"), (unlearn, "--cls 1 --alternative class:1", "take another"),
+    (unlearn, "--cls 1 --alternative image:none.png", "cannot be read"), (unlearn, "--speed 9", "--help"),
     (unlearn, "--cls 1 --alternative x", "class:K, mix"), (unlearn, "--cls 1 --lr nan", "from 0 to 10"),
-    (unlearn, "--cls 1 --alternative image:none.png", "cannot be read"),
-    (unlearn, "--cls 0 1 2 3 4 5 6 7 8 9", "must remain"), (unlearn, "--cls 1 --speed 9", "--help"),
     (unlearn, "--cls 1 --ckpt tiny.pt --dataset fashion", "draws shapes"),
     (unlearn, "--cls 1 --dataset fashion", "train_ddpm.py --dataset fashion"),
     (unlearn, "--cls 1 --device abacus", "--device cpu"), (unlearn, "--cls 1 --out /dev/null/run", "--out"),
     (unlearn, f"--cls 1 --ckpt tiny.pt {LOOK} --steps 50 --method ga --lambda 1e9 --lr 10", "diverged"),
-    (attack, "tiny.pt", "--cls circle"), (attack, "nothing", "no such file"),
-    (attack, "--table .", "no results"), (attack, f"tiny.pt --cls 1 --aux nowhere {LOOK}", "fewshot:K"),
-    (train_ddpm, "--exclude-cls 0 1 2 3 4 5 6 7 8 9", "nothing is left"),
+    (attack, f"tiny.pt --cls 1 --aux nowhere {LOOK}", "fewshot:K"), (attack, "--table .", "no results"),
+    (train_ddpm, "--exclude-cls 0 1 2 3 4 5 6 7 8 9", "nothing is left"), (attack, "tiny.pt", "--cls circle"),
     (train_ddpm, "--dataset cifar10 --data-dir elsewhere", "'elsewhere' and cannot be downloaded")])
 def test_mistakes_get_one_clear_line(module, command, part, small, capsys):
     assert part in refused(capsys, run, module, command) and not list(Path().rglob("result.json"))
 
-def test_names_come_first_and_what_may_mean_two_values_is_refused(capsys):
-    numbers, style = ["1", "10", "2"], SimpleNamespace(cls=None, style=["1"])
+def test_values_and_models_are_found_and_what_may_mean_two_is_refused(capsys):
+    numbers, trained = ["1", "10", "2"], Path("runs/shapes/pretrain/model.pt")
     assert [M.find_value(text, numbers, "--cls") for text in ("10", "2", "0")] == [1, 2, 0]
     assert [M.find_value(text, ["Cat", "cat", "dog"], "--cls") for text in ("cat", "DOG")] == [1, 2]
     assert "--cls 1 may mean several of: 0 1, 1 10" in refused(capsys, M.find_value, "1", numbers, "--cls")
-    assert "no styles" in refused(capsys, M.find_pairs, style, [["a", "b"]])
-
-def test_the_model_to_unlearn_is_the_shipped_one_or_a_finished_pretraining_as_long(capsys):
-    args, trained = SimpleNamespace(ckpt=None, dataset=None), Path("runs/shapes/pretrain/model.pt")
+    args = SimpleNamespace(ckpt=None, dataset=None, cls=None, style=["1"])
+    assert "no styles" in refused(capsys, M.find_pairs, args, [["a", "b"]])
     assert unlearn.find_model(args).samefile(HERE / "assets/shapes.pt")
-    tiny_checkpoint(trained)
+    tiny_checkpoint(trained)                           # of 9 steps: is it a try, or meant?
     error = refused(capsys, unlearn.find_model, args)
     assert "9 steps" in error and f"--ckpt {trained}" in error and "assets/shapes.pt" in error
     tiny_checkpoint(trained, steps=16000)
@@ -711,83 +637,64 @@ def test_the_model_to_unlearn_is_the_shipped_one_or_a_finished_pretraining_as_lo
 def test_the_stages_survive_a_kill_and_write_what_they_promise_and_forget_in_turn(small, capsys):
     command = f"--cls square --ckpt tiny.pt {LOOK} --eval-every 1"
     first, second = Path("runs/shapes/dimum-cls1"), Path("runs/shapes/dimum-cls1-2")
-    assert forked(killed_at, 1, unlearn, command) == KILLED
+    assert forked(killed_at, 1, unlearn, command) == -signal.SIGKILL
     assert not [p for p in Path("runs").rglob("*") if p.is_file() and not p.name.startswith(".")]
     for folder in (first, second):                     # the first start after the kill uses its folder
         run(unlearn, command)
-        files = {path.name for path in folder.iterdir()}
-        assert {"model.pt", "result.json", "log.csv", "loss.png", "samples.png", "fid.png"} <= files
-    assert torch.equal(weights(first), weights(second))
+        assert {*"model.pt result.json log.csv loss.png samples.png fid.png".split()} <= {*os.listdir(folder)}
     found = result(first)
-    assert [p["step"] for p in found["curve"]] == [0, 1, 2] and found["forget"] == "cls square"
-    assert {"ua", "ua_low", "cls", "style", "none", "fid", "fid_error"} <= found["before"].keys()
-    assert {"sampler_steps", "guidance", "samples", "seed", "real_images"} <= found["protocol"].keys()
+    assert torch.equal(weights(first), weights(second)) and [p["step"] for p in found["curve"]] == [0, 1, 2]
+    assert {"ua", "cls", "style", "none", "fid"} <= found["before"].keys() and found["after"]["fid_error"] > 0
     assert "has forgotten cls square already" in refused(capsys, run, unlearn, f"--cls 1 --ckpt {first}")
     run(unlearn, f"--style neon --ckpt {first} {LOOK}")
     both = "runs/shapes/dimum-style4-after-dimum-cls1"
-    assert M.load_checkpoint(both)[1]["forgotten"] == [(0, 1), (1, 4)]
     assert result(both)["after"]["ua_of"].keys() == {"cls square", "style neon"}
     assert "must remain" in refused(capsys, run, unlearn, f"--style 0 1 2 3 --ckpt {both}")
     run(attack, f"{both} --cls 1 {LOOK} --out attacked")
-    after = result("attacked")["after"]
-    assert after["ua_of"].keys() == {"cls square"} and after["retain_samples"] == 36
+    assert result("attacked")["after"]["ua_of"].keys() == {"cls square"}
     run(unlearn, f"--cls 1 --ckpt attacked {LOOK}")            # what an attack brought back can go again
     run(M, f"{both} --cls 1 --style flat neon --n 3 --png files --out pictures")
     assert len(list(Path("files").glob("*.png"))) == 6 and Path("pictures/samples.png").is_file()
 
-def test_seconds_are_those_of_the_steps_alone_whose_rate_falls_along_a_cosine(monkeypatch):
-    optimizer, clock, rates = torch.optim.Adam(new().parameters(), 1.0), [0.0], []
-    monkeypatch.setattr(fid.time, "time", lambda: clock[0])
-
+def test_seconds_are_those_of_the_steps_alone(monkeypatch):
     def wait(seconds):
         clock[0] += seconds
-        rates.append(optimizer.param_groups[0]["lr"])
         return torch.tensor(0.5)
-    steps = unlearn.cosine((wait(1) for _ in range(4)), optimizer, 4)
-    losses, seconds = fid.follow(steps, None, 4, 3, lambda step: wait(100), CPU)
-    rate = 0.5 + 0.5 * 0.5 ** 0.5
-    assert rates == pytest.approx([1.0, rate, 0.5, 0.5, 1 - rate])     # the fourth is at the look
-    assert seconds == 4.0 and losses.tolist() == [0.5] * 4
+    clock = [0.0]
+    monkeypatch.setattr(fid.time, "time", lambda: clock[0])
+    losses, seconds = fid.follow((wait(1) for _ in range(4)), None, 4, 2, lambda step: wait(100), CPU)
+    assert seconds == 4.0 and losses.tolist() == [0.5] * 4 and clock[0] == 104
 
-BASES = {M: "tiny.pt", train_ddpm: QUICK, unlearn: f"--cls 1 --ckpt tiny.pt {LOOK}",
-         fid: f"test tiny.pt {QUICK} --samples 2 --sampler-steps 1", attack: f"tiny.pt --cls 1 {LOOK}"}
-
-@pytest.mark.parametrize("module", BASES, ids=lambda module: module.__name__)
-def test_no_flag_value_ends_in_a_traceback(module, small, monkeypatch, capsys):
-    actions = []
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        collect = lambda parser: sys.exit(actions.extend(parser._actions))
-        patch.setattr("argparse.ArgumentParser.parse_args", collect)
-        run(module, "")
+@pytest.mark.parametrize("module,base", [
+    (M, "tiny.pt"), (train_ddpm, QUICK), (fid, f"test tiny.pt {QUICK} --samples 2 --sampler-steps 1"),
+    (unlearn, f"--cls 1 --ckpt tiny.pt {LOOK}"), (attack, f"tiny.pt --cls 1 {LOOK}")])
+def test_no_flag_value_ends_in_a_traceback(module, base, small, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(module, "--help")
+    flags = re.findall("^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(flags) > 5
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
     monkeypatch.setattr(fid, "fid_error", lambda *args: 0.0)
     monkeypatch.setitem(M.PRESETS, "paper", SMALLEST)
-    for script in BASES:
+    for script in (M, train_ddpm, fid, unlearn, attack):
         monkeypatch.setattr(script, "sample", lambda model, y, *a, **k: torch.rand(len(y), 3, 32, 32))
-    for action, value in itertools.product(actions[1:], ("", "²", "-1", "1")):       # not --help
-        words, flag = BASES[module].split(), (action.option_strings or [None])[0]
-        if flag:
-            words.append(flag if action.nargs == 0 else f"{flag}={value}")
-        else:
-            words[action.dest == "fake"] = value
-        capsys.readouterr()
+    for flag, value in itertools.product(flags, ("", "=", "=-1", "=1")):
         try:
-            code = run(module, shlex.join(words)) or 0
+            code = run(module, f"{base} {flag}{value}") or 0
         except SystemExit as stop:
             code = stop.code or 0
-        error, limited = capsys.readouterr().err, action.choices or hasattr(action.type, "low")
-        clear = code == 2 and error.startswith("error: ") and error.count("\n") == 1
-        assert clear or code == 0 and (value == "1" or not limited), (words, code, error)
+        error = capsys.readouterr().err
+        assert code == 0 or code == 2 and error.startswith("error: ") and error.count("\n") == 1, flag + value
 
 def test_the_shipped_model_draws_every_class_and_style_and_forgets_one():
     net, info = M.load_checkpoint(HERE / "assets/shapes.pt")
     judge, accuracy = fid.load_classifier("shapes", "data", CPU, info["names"])
     y = M.all_labels(info["names"])
-    seen = fid.predict(judge, M.sample(net, y, steps=10))
-    assert min(accuracy) >= 0.99 and ((seen == y).double().mean(0) >= 0.93).all()
+    hit = fid.predict(judge, M.sample(net, y, steps=10)) == y
+    assert min(accuracy) >= 0.99 and min(hit.double().mean(0)) >= 0.93
     args = SimpleNamespace(batch_size=8, alternative="class:triangle", alt_size=None, steps=35, weight=1.0)
     data = unlearn.Data(*train_ddpm.load_data("shapes", "train"), [(0, 1)], [], args)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     list(unlearn.cosine(unlearn.dimum(net.train(), data, optimizer, args), optimizer, 35))
-    y = torch.tensor([[1, s] for s in range(5)] * 2)
-    assert (fid.predict(judge, M.sample(net, y, steps=10))[:, 0] != 1).double().mean() >= 0.8
+    seen = fid.predict(judge, M.sample(net, y[y[:, 0] == 1].repeat(2, 1), steps=10))
+    assert (seen[:, 0] != 1).double().mean() >= 0.8 and optimizer.param_groups[0]["lr"] < 1e-9
