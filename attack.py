@@ -259,7 +259,6 @@ def main():
                   args.dataset == "cifar10")
     losses, seconds = follow(steps, "attack", args.steps, every, look, device)
     after, images_after, _ = look(args.steps, True)
-
     write_losses(folder, losses, "attack")
     save_before_after(folder / "samples.png", names, forgotten, labels, images_before, images_after)
     series = tuple([p[k] for p in curve] for k in ("step", "ar", "ar_low", "ar_high"))
