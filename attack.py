@@ -184,14 +184,15 @@ def make_table(folder):
 
 # ---- stage 3 -------------------------------------------------------------------------------------
 
-def restrict(model, images, y, retained, count, args):
+def restrict(model, images, y, train, forgotten, count, args):
     """With --only-embedding the label embeddings of the counted factors alone learn; few-shot images
-    (with labels y) come half and half with retained ones. Returns (images, y, label dropout)."""
+    (with labels y) come half and half with retained ones of `train`. Returns (images, y, label dropout)."""
     if args.only_embedding:
         for key, p in model.named_parameters():
             p.requires_grad_(key in [f"label_embs.{factor}.weight" for factor, _ in count])
         return images, y, 0.0                  # or the null embedding would learn the images, too
     if args.aux.startswith("fewshot:"):        # half of a batch is retained data, to keep the rest
+        retained = [part[~matches(train[1], forgotten)] for part in train]
         times = math.ceil(len(retained[1]) / len(y))
         images = torch.cat([retained[0], images.repeat(times, 1, 1, 1)])
         y = torch.cat([retained[1], y.repeat(times, 1)])
@@ -240,8 +241,8 @@ def main():
     folder = run_folder(args.out or Path("runs", args.dataset, f"attack-{name}-{aux}"))
     print(f"DiMRA on {path}: {len(y)} auxiliary images ({args.aux}), {args.steps} steps, batch "
           f"{args.batch_size}, lr {args.lr:g}; counting {pairs_text(count, names)}")
-    retained, curve = [part[~matches(train[1], forgotten)] for part in train], []
-    images, y, p_drop = restrict(model, images, y, retained, count, args)
+    images, y, p_drop = restrict(model, images, y, train, forgotten, count, args)
+    curve = []
     if args.compile:
         model.compile()
 

@@ -104,7 +104,8 @@ def evaluator(info, images, y, forgotten, count, args, device):
     compares with."""
     size = images.shape[2]
     judge, accuracy = load_classifier(info["dataset"], args.data_dir, device, info["names"], size)
-    images, y = balanced(images[~matches(y, forgotten)], y[~matches(y, forgotten)], 4500)
+    keep = ~matches(y, forgotten)
+    images, y = balanced(images[keep], y[keep], 4500)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{torch.get_num_threads()} threads of a {device.type}"
     protocol = {"dataset": info["dataset"], "classes": [len(n) for n in info["names"]],
@@ -340,20 +341,23 @@ def train_classifier(folder, dataset, data_dir, device, size, seed=0, steps=None
     accuracy, wrong = hit.double().mean(0).tolist(), (~hit).any(1).nonzero()[:40, 0]
     save_grid(x[wrong] if len(wrong) else x[:40], folder / "samples.png", columns=10)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    key = folder_key(data_dir) if dataset == "folder" else ""
     data = dict(format=1, kind="classifier", dataset=dataset, names=names, args=net.args, seed=seed,
-                key=key, accuracy=accuracy, steps=steps, weights=weights)
+                key=data_key(dataset, data_dir), accuracy=accuracy, steps=steps, weights=weights)
     write_file(folder / "model.pt", lambda tmp: torch.save(data, tmp))
     words = ", ".join(f"{factor} {100 * a:.2f} %" for factor, a in zip(FACTORS, accuracy))
     print(f"accuracy on {len(x)} test images: {words}\nwrote {folder}/model.pt and samples.png")
     return net, accuracy
+
+def data_key(dataset, data_dir):
+    """What tells two data sets with the same names apart: a folder's files."""
+    return folder_key(find_images(Path(data_dir).expanduser())) if dataset == "folder" else ""
 
 def load_classifier(dataset, data_dir, device, names, size=32):
     """(classifier, its test accuracy): the newest one trained here for these names, size and
     folder, else the shipped one, else it is trained now."""
     paths = list(Path("runs", dataset).glob("classifier*/model.pt"))
     paths.sort(key=lambda path: -path.stat().st_mtime)
-    wanted = names, size, folder_key(data_dir) if dataset == "folder" else ""
+    wanted = names, size, data_key(dataset, data_dir)
     for path in filter(Path.is_file, [*paths, shipped(f"{dataset}_classifier.pt")]):
         data = read_file(path, "classifier")
         if (data["names"], data["args"]["size"], data["key"]) == wanted:
@@ -439,11 +443,10 @@ def main():
         names = load_data(args.dataset, "test", args.data_dir, size=size)[2]
         judge, accuracy = load_classifier(args.dataset, args.data_dir, device, names, size)
         network, how = judge.features, (size, judge.args["channels"], kind)
-    for factor in range(0 if y is None or kind == "inception" else y.shape[1]):
-        name = FACTORS[factor]
-        shares = share(predict(judge, fake)[:, factor] == y[:, factor])
-        result.update(zip((name, f"{name}_low", f"{name}_high"), shares))
-        print(f"{name} recognised: {percent(result, name)}")
+        hits = [] if y is None else (predict(judge, fake) == y).T
+        for name, hit in zip(FACTORS, hits):
+            result.update(zip((name, f"{name}_low", f"{name}_high"), share(hit)))
+            print(f"{name} recognised: {percent(result, name)}")
     f1 = features_of(real, network, device, "real", *how)
     f2 = features_of(fake, network, device, "fake", *how)
     result["fid"] = frechet_distance(f1, f2)

@@ -215,7 +215,8 @@ def load_data(dataset, split, data_dir="data", device="cpu", size=64):
         source = {"fashion": tvd.FashionMNIST, "cifar10": tvd.CIFAR10}[dataset]
         with explain(f"{dataset} is not in '{data_dir}' and cannot be downloaded; put its files "
                      "there, or name their folder with --data-dir"):
-            unpack_fashion(data_dir)
+            if dataset == "fashion":
+                unpack_fashion(data_dir)
             data = source(data_dir, train=split == "train", download=True)
         y, names = torch.as_tensor(data.targets)[:, None], [data.classes]
         if dataset == "fashion":
@@ -254,9 +255,8 @@ def read_image(path, size, mode="RGB"):
         picture = ImageOps.fit(picture.convert("RGB").convert(mode), (size, size), Image.LANCZOS)
     return torch.from_numpy(np.array(picture).reshape(size, size, -1)).permute(2, 0, 1)
 
-def folder_key(folder):
+def folder_key(paths):
     """A fingerprint of a folder's images: it changes when one of them does."""
-    paths = find_images(Path(folder).expanduser())
     stats = [(path.parts[-3:], path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
@@ -270,7 +270,7 @@ def load_folder(data_dir, split, size):
             f"'{data_dir}' must hold images as STYLE/OBJECT/*.jpg or CLASS/*.jpg, at one depth; it "
             f"holds {len(paths)} images; name the folder with --data-dir")
     names = [sorted(set(column)) for column in columns]        # the class comes first
-    cache, images, good = Path("runs", "cache", f"{folder_key(data_dir)}-{size}.pt"), [], []
+    cache, images, good = Path("runs", "cache", f"{folder_key(paths)}-{size}.pt"), [], []
     if cache.is_file():
         data = read_file(cache, "images")
     else:
