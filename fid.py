@@ -10,9 +10,7 @@ REAL and FAKE are each a folder of images, a checkpoint or run folder (samples a
 or "train" or "test" (real images). FID uses InceptionV3 for two folders, else the features of the
 data's own classifier, which know what matters there. The two are never comparable.
 """
-import math
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,43 +19,67 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 
 from model import (FACTORS, all_labels, autocast, checkpoint_file, explain, load_checkpoint,
-                   make_parser, matches, number, pairs_text, pick_device, progress, read_file,
-                   require, run, run_folder, sample, save_grid, shipped, to_uint8, uses_bf16,
-                   write_file, write_json)
-from train_ddpm import (data_flags, dataset_flag, find_images, folder_key, get_batch, load_data,
-                        picture_labels, read_image)
+                   load_file, matches, pairs_text, pick_device, progress, require, run, run_folder,
+                   sample, save_file, save_grid, shipped, to_uint8, uses_bf16, write_text)
+from train_ddpm import (fill, find_images, folder_key, get_batch, json, load_data, picture_labels,
+                        read_image, stage_parser)
 
 NOISE_SEED = 1234       # of all evaluations: all points of all curves start from the same noise
 
 # ---- evaluation of a conditional model -----------------------------------------------------------
 
-def evaluate(model, judge, names, forgotten, count, reference, samples, steps, label,
-             retained=True):
-    """Sample forgotten and retained conditions (DDIM, guidance 2) and score them.
+def evaluator(info, images, y, forgotten, count, args, main):
+    """(measure, protocol): a function that samples a model (DDIM, guidance 2) and scores it, and
+    what its numbers rest on. images, y: the training set; FID compares with its retained images.
 
     forgotten: the (factor, value) pairs that the model shall not draw; count: those that are
-    counted. A third of `samples` go to conditions with a counted and no other forgotten pair, the
-    rest, unless retained is False, to those without a forgotten pair. Returns (metrics of `score`,
-    images uint8, y).
+    counted. measure(model, step, retained=True) draws a third of args.samples of conditions with a
+    counted and no other forgotten pair and, if retained, the rest of conditions without a forgotten
+    pair. It prints (main: "ua" or "ar" first) and returns (metrics of `score`, images uint8, y).
     """
+    names, device, keep = info["names"], images.device, ~matches(y, forgotten)
+    judge, accuracy = load_classifier(args, device, names, images.shape[2])
+    real, _ = balanced(images[keep], y[keep], 4500)
+    reference = judge_features(judge, real)
     cells, others = all_labels(names), [pair for pair in forgotten if pair not in count]
-    groups = [(cells[matches(cells, count) & ~matches(cells, others)], samples / 3)]
-    if retained:
-        groups.append((cells[~matches(cells, forgotten)], samples * 2 / 3))
-    y = torch.cat([part.repeat_interleave(max(1, round(n / max(1, len(part)))), 0)
-                   for part, n in groups])
-    images = sample(model, y, steps, seed=NOISE_SEED, label=label).cpu()
-    require(images.isfinite().all(), "the model diverged: its samples are not finite; lower the rate")
-    return score(images, y, judge, names, count, reference), to_uint8(images), y
+    forget = repeat(cells[matches(cells, count) & ~matches(cells, others)], args.samples / 3)
+    retain = repeat(cells[~matches(cells, forgotten)], args.samples * 2 / 3)
+
+    def measure(model, step, retained=True):
+        y = torch.cat([forget, retain]) if retained else forget
+        x = sample(model, y, args.sampler_steps, seed=NOISE_SEED, label=f"step {step}").cpu()
+        require(x.isfinite().all(), "the model diverged: its samples are not finite; lower --lr")
+        metrics = {"step": step, **score(x, y, judge, names, count, reference)}
+        print(f"step {step:>5}: {score_text(metrics, main)}", flush=True)
+        return metrics, to_uint8(x), y
+
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"{torch.get_num_threads()} threads of a {device.type}"
+    return measure, {
+        "dataset": info["dataset"], "classes": [len(n) for n in names], "samples": args.samples,
+        "real_images": len(real), "real_split": "train", "sampler": "ddim", "guidance": 2.0,
+        "sampler_steps": args.sampler_steps, "noise_seed": NOISE_SEED, "seed": args.seed,
+        "fid_features": "classifier", "classifier_test_accuracy": accuracy,
+        "machine": where + (", bf16" if uses_bf16(device) else ", float32")}
+
+def repeat(cells, n):
+    """About n labels, equally many of each of the cells (N, F)."""
+    return cells.repeat_interleave(max(1, round(n / max(1, len(cells)))), 0)
+
+def balanced(images, y, n):
+    """About n images, the first equally many of every label combination in y (N, F)."""
+    require(len(y), "no image is retained to compare with; forget, or count, fewer values")
+    cells = torch.unique(y, dim=0)
+    index = [(y == cell).all(1).nonzero()[:max(1, n // len(cells)), 0] for cell in cells]
+    return images[torch.cat(index)], y[torch.cat(index)]
 
 def score(images, y, judge, names, count, reference):
     """Metrics of samples (N, C, H, W) drawn for labels y (N, F); shares in 0..1, or None.
 
     ua: unlearning accuracy, the share of the samples with a counted pair in which no counted value
-    that was asked for is recognised (AR is 1 - ua); ua_of: for each pair alone.
+    that was asked for is recognised; ar: 1 - ua; ua_of: for each pair alone.
     none: the share of these in which the judge recognises no class or no style at all.
     cls, style: the share of the retained samples whose class, whose style is recognised
     (UnlearnCanvas, Zhang et al. 2402.11846: IRA for the factor unlearned in, CRA for the other).
@@ -65,13 +87,14 @@ def score(images, y, judge, names, count, reference):
     """
     seen, forget = predict(judge, images), matches(y, count)
     hit, shown, result = seen == y, torch.zeros(len(y), dtype=torch.bool), {"ua_of": {}}
-    for pair in count:
-        asked = matches(y, [pair])
-        shown |= hit[:, pair[0]] & asked
-        result["ua_of"][pairs_text([pair], names)] = share(~hit[asked, pair[0]])[0]
+    for factor, value in count:
+        asked = y[:, factor] == value
+        shown |= hit[:, factor] & asked
+        result["ua_of"][pairs_text([(factor, value)], names)] = share(~hit[asked, factor])[0]
     none = (seen == torch.tensor([len(n) for n in names])).any(1)
     retained = {FACTORS[factor]: hit[~forget, factor] for factor in range(len(names))}
-    for name, hits in {"ua": ~shown[forget], "none": none[forget], **retained}.items():
+    groups = {"ua": ~shown[forget], "ar": shown[forget], "none": none[forget], **retained}
+    for name, hits in groups.items():
         result[name], result[f"{name}_low"], result[f"{name}_high"] = share(hits)
     result.update(forget_samples=int(forget.sum()), retain_samples=int((~forget).sum()))
     result["fid"], result["fid_error"] = None, None
@@ -89,64 +112,54 @@ def share(hits):
     return hits.double().mean().item(), interval.low, interval.high
 
 def percent(metrics, name):
-    """"97.5 % [94.2, 99.0]" for a share in metrics, or "-"."""
+    """"97.5 [94, 99]", in %, for a share in metrics, or "-"."""
     if metrics.get(name) is None:
         return "-"
     value, low, high = (100 * metrics[key] for key in (name, f"{name}_low", f"{name}_high"))
-    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+    return f"{value:.1f} [{low:.0f}, {high:.0f}]"
 
 def fid_text(metrics):
     return "-" if metrics["fid"] is None else f"{metrics['fid']:.1f} +- {metrics['fid_error']:.1f}"
 
-def evaluator(info, images, y, forgotten, count, args, device):
-    """(function (model, label) -> `evaluate`, the protocol of its numbers); images, y: the
-    training set, whose retained images, equally many of each label and about 4,500 in all, FID
-    compares with."""
-    size = images.shape[2]
-    judge, accuracy = load_classifier(info["dataset"], args.data_dir, device, info["names"], size)
-    keep = ~matches(y, forgotten)
-    images, y = balanced(images[keep], y[keep], 4500)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{torch.get_num_threads()} threads of a {device.type}"
-    protocol = {"dataset": info["dataset"], "classes": [len(n) for n in info["names"]],
-                "samples": args.samples, "real_images": len(y), "real_split": "train",
-                "sampler": "ddim", "sampler_steps": args.sampler_steps, "guidance": 2.0,
-                "noise_seed": NOISE_SEED, "seed": args.seed, "fid_features": "classifier",
-                "classifier_test_accuracy": accuracy,
-                "machine": where + (", bf16" if uses_bf16(device) else ", float32")}
-    measure = partial(evaluate, judge=judge, names=info["names"], forgotten=forgotten, count=count,
-                      reference=judge_features(judge, images), samples=args.samples,
-                      steps=args.sampler_steps)
-    return measure, protocol
+def score_text(metrics, main):
+    """One line: main, what was retained where it was drawn, and "none" above 5 %."""
+    titles = {main: main.upper(), "cls": "class", "style": "style", "none": "none"}
+    wanted = [k for k in titles if metrics.get(k) is not None and (k != "none" or metrics[k] > 0.05)]
+    words = [f"{titles[k]} {percent(metrics, k)} %" for k in wanted]
+    return "   ".join(words + [f"FID {fid_text(metrics)}"] * (metrics["fid"] is not None))
 
-def balanced(images, y, n):
-    """About n images, the first equally many of every label combination in y (N, F)."""
-    require(len(y), "no image is retained to compare with; forget, or count, fewer values")
-    cells = torch.unique(y, dim=0)
-    index = [(y == cell).all(1).nonzero()[:max(1, n // len(cells)), 0] for cell in cells]
-    return images[torch.cat(index)], y[torch.cat(index)]
+def follow(model, steps, label, args, measure, every, retained):
+    """Take args.steps of a generator of losses, measuring before, after and, if retained with the
+    retained conditions, each `every` steps. Returns (the points, losses (steps,), the seconds of the
+    steps alone, the images of each point, the labels of the first and the last)."""
+    losses, seconds = torch.zeros(args.steps, device=model.null.device), 0.0
+    points, began = [measure(model, 0)], time.time()
+    for step, loss in enumerate(progress(steps, label, args.steps), 1):
+        losses[step - 1] = loss
+        if every and step % every == 0 and step < args.steps:
+            losses.cpu()                               # waits for a GPU
+            seconds += time.time() - began
+            points.append(measure(model, step, retained))
+            began = time.time()
+    losses = losses.cpu()
+    seconds += time.time() - began
+    points.append(measure(model, args.steps))
+    (*_, point), pictures, labels = zip(*points)
+    print(f"({point['forget_samples']} + {point['retain_samples']} samples, {args.sampler_steps} "
+          f"DDIM steps, guidance 2, seed {args.seed}; 95 % intervals; FID on classifier features, "
+          f"with its standard error; {seconds:.0f} s of training)")
+    return [p for p, _, _ in points], losses, round(seconds, 1), pictures, labels[0]
 
-def follow(steps, label, total, every, look, device):
-    """Take the steps of a generator of losses, with look(step) after every `every` of them.
-    Returns (losses (total,), the seconds of the steps alone)."""
-    losses, began = torch.zeros(total, device=device), time.time()
-    for step in progress(steps, label, total, losses=losses):
-        if every and step % every == 0 and step < total:
-            paused = time.time()
-            look(step)
-            began += time.time() - paused
-    return losses.cpu(), round(time.time() - began, 1)
-
-def save_before_after(path, names, forgotten, y, before, after):
-    """The picture of two evaluations, images (N, C, H, W) for labels y (N, F), before above
-    after."""
+def save_before_after(path, names, forgotten, y, pictures):
+    """The first and the last of pictures (N, C, H, W), for labels y (N, F), one above the other."""
     wanted, layout = picture_labels(names, forgotten)
     index, used = [], {}
     for label in map(tuple, wanted.tolist()):          # one that was not sampled stays white
         same = (y == torch.tensor(label)).all(1).nonzero().flatten().tolist() or [-1]
         used[label] = used.get(label, -1) + 1
         index.append(same[used[label] % len(same)])
-    before, after = (torch.cat([x, torch.full_like(x[:1], 255)]) for x in (before, after))
+    white = torch.full_like(pictures[0][:1], 255)
+    before, after = (torch.cat([pictures[i], white]) for i in (0, -1))
     layout["rows"] = [f"{when} {row}" for when in ("before", "after") for row in layout["rows"]]
     save_grid(torch.cat([before[index], after[index]]), path, **layout)
 
@@ -189,17 +202,17 @@ def precision_recall(real, fake, k=3, most=2000):
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")       # the end is its SHA-256's start
 
-def inception(weights=None, device="cpu"):
+def inception(device):
     """pytorch-fid's InceptionV3: features (N, 2048) of images (N, 3, 299, 299) in [-1, 1].
 
     It is torchvision's with 1,008 outputs, except that the pooling branches leave the padding out
-    of their averages and that the last block takes the maximum. weights: a file; without it the
-    release file is downloaded and its checksum verified.
+    of their averages and that the last block takes the maximum. The weights are downloaded once,
+    and their checksum is verified.
     """
-    with explain(f"Inception's weights cannot be loaded; get {INCEPTION_URL} and name the file "
-                 "with --inception-weights, or use --features classifier"):
-        state = torch.load(weights, map_location="cpu", weights_only=True) if weights else \
-            torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True)
+    with explain("Inception's weights cannot be loaded; add --features classifier, or put them into "
+                 f"{Path(torch.hub.get_dir(), 'checkpoints').as_posix()} from {INCEPTION_URL}"):
+        state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu",
+                                                   check_hash=True, weights_only=True)
         net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
                                               init_weights=False)
         net.load_state_dict(state)
@@ -323,50 +336,51 @@ def classifier_steps(net, images, y, steps, batch_size, lr=3e-3, flip=False):
         schedule.step()
         yield loss.detach()
 
-def train_classifier(folder, dataset, data_dir, device, size, seed=0, steps=None, batch_size=128):
+def train_classifier(folder, args, device, size, steps=None, batch_size=128):
     """Train on the train split and save into `folder`: model.pt, and samples.png with test images
     that it gets wrong. Returns (classifier, accuracy on the test split: a list per factor)."""
-    images, y, names = load_data(dataset, "train", data_dir, device, size)
-    x, labels, _ = load_data(dataset, "test", data_dir, size=size)
-    require(len(x), f"'{data_dir}' has one picture of each class, too few for a classifier")
-    width, usual = CLASSIFIERS.get(dataset, (64, min(8000, max(200, len(images) // 2))))
+    images, y, names = load_data(args.dataset, "train", args.data_dir, device, size)
+    x, labels, _ = load_data(args.dataset, "test", args.data_dir, size=size)
+    require(len(x), f"'{args.data_dir}' has one picture of each class, too few for a classifier")
+    width, usual = CLASSIFIERS.get(args.dataset, (64, min(8000, max(200, len(images) // 2))))
     steps = usual if steps is None else steps
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     net = Classifier(images.shape[1], [len(n) for n in names], width, images.shape[2])
     net = net.to(device, memory_format=torch.channels_last)
-    print(f"classifier of {dataset}: {len(images)} images, {steps} steps at batch {batch_size}")
-    training = classifier_steps(net, images, y, steps, batch_size, flip=dataset == "cifar10")
-    follow(training, "classifier", steps, None, None, device)
+    print(f"classifier of {args.dataset}: {len(images)} images, {steps} steps at batch {batch_size}")
+    training = classifier_steps(net, images, y, steps, batch_size, flip=args.dataset == "cifar10")
+    for loss in progress(training, "classifier", steps):
+        pass
     hit = predict(net.eval(), x) == labels
     accuracy, wrong = hit.double().mean(0).tolist(), (~hit).any(1).nonzero()[:40, 0]
     save_grid(x[wrong] if len(wrong) else x[:40], folder / "samples.png", columns=10)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    data = dict(format=1, kind="classifier", dataset=dataset, names=names, args=net.args, seed=seed,
-                key=data_key(dataset, data_dir), accuracy=accuracy, steps=steps, weights=weights)
-    write_file(folder / "model.pt", lambda tmp: torch.save(data, tmp))
+    save_file(folder / "model.pt", "classifier", dict(
+        names=names, args=net.args, seed=args.seed, steps=steps, accuracy=accuracy, weights=weights,
+        key=data_key(args)))
     words = ", ".join(f"{factor} {100 * a:.2f} %" for factor, a in zip(FACTORS, accuracy))
     print(f"accuracy on {len(x)} test images: {words}\nwrote {folder}/model.pt and samples.png")
     return net, accuracy
 
-def data_key(dataset, data_dir):
+def data_key(args):
     """What tells two data sets with the same names apart: a folder's files."""
-    return folder_key(find_images(Path(data_dir).expanduser())) if dataset == "folder" else ""
+    folder = Path(args.data_dir).expanduser()
+    return folder_key(find_images(folder)) if args.dataset == "folder" else ""
 
-def load_classifier(dataset, data_dir, device, names, size=32):
+def load_classifier(args, device, names, size=32):
     """(classifier, its test accuracy): the newest one trained here for these names, size and
     folder, else the shipped one, else it is trained now."""
-    paths = list(Path("runs", dataset).glob("classifier*/model.pt"))
+    paths = list(Path("runs", args.dataset).glob("classifier*/model.pt"))
     paths.sort(key=lambda path: -path.stat().st_mtime)
-    wanted = names, size, data_key(dataset, data_dir)
-    for path in filter(Path.is_file, [*paths, shipped(f"{dataset}_classifier.pt")]):
-        data = read_file(path, "classifier")
+    wanted = names, size, data_key(args)
+    for path in filter(Path.is_file, [*paths, shipped(f"{args.dataset}_classifier.pt")]):
+        data = load_file(path, "classifier")
         if (data["names"], data["args"]["size"], data["key"]) == wanted:
-            net = Classifier(**data["args"]).float().to(device, memory_format=torch.channels_last)
+            net = Classifier(**data["args"]).to(device, memory_format=torch.channels_last)
             net.load_state_dict(data["weights"])
             return net.eval(), data["accuracy"]
-        print(f"{path} knows other {dataset} data: not used")
-    folder = run_folder(Path("runs", dataset, "classifier"))
-    return train_classifier(folder, dataset, data_dir, device, size)
+        print(f"{path} knows other {args.dataset} data: not used")
+    return train_classifier(run_folder(Path("runs", args.dataset, "classifier")), args, device, size)
 
 # ---- command line --------------------------------------------------------------------------------
 
@@ -376,58 +390,45 @@ def images_from(source, args, device):
     if source in ("train", "test"):
         x, y, _ = load_data(args.dataset, source, args.data_dir, size=args.image_size)
         return *balanced(x, y, args.samples), f"{args.dataset} {source} split"
-    if Path(source).is_dir() and not checkpoint_file(source).is_file():
-        return find_images(source), None, "folder"
+    if Path(source).expanduser().is_dir() and not checkpoint_file(source).is_file():
+        return find_images(Path(source).expanduser()), None, "folder"
     model, info = load_checkpoint(source, device)
     require(info["dataset"] == args.dataset, f"{source} draws {info['dataset']}; add --dataset "
             f"{info['dataset']}")
-    y, args.image_size = all_labels(info["names"]), model.cfg.image_size
-    y = y.repeat_interleave(max(1, args.samples // len(y)), 0)
-    images = to_uint8(sample(model, y, args.sampler_steps, seed=args.seed, label="samples")).cpu()
-    return images, y, f"samples, {args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}"
-
-def prepare(image, size, channels, kind):
-    """A picture's path, or uint8 (C, H, W), as the network wants it: (1, channels, size, size) in
-    [-1, 1]. For Inception it is resized as pytorch-fid does, bilinear without antialiasing."""
-    with explain(f"{image} is not a readable image; remove it" if isinstance(image, Path) else ""):
-        if isinstance(image, Path) and kind == "classifier":
-            image = read_image(image, size, "L" if channels == 1 else "RGB")
-        elif isinstance(image, Path):
-            image = torch.from_numpy(np.array(Image.open(image).convert("RGB"))).permute(2, 0, 1)
-    x = image[None].float() / 127.5 - 1
-    x = x.mean(1, keepdim=True) if channels == 1 else x.expand(-1, channels, -1, -1)
-    return x if x.shape[2:] == (size, size) else F.interpolate(x, (size, size), mode="bilinear")
+    y, args.image_size = repeat(all_labels(info["names"]), args.samples), model.cfg.image_size
+    x = sample(model, y, args.sampler_steps, seed=args.seed, label="samples")
+    return to_uint8(x).cpu(), y, f"samples, {args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}"
 
 @torch.inference_mode()
-def features_of(images, network, device, label, *how):
-    """Features (N, D) of paths or images, batch by batch: the pictures are never all in memory."""
-    parts = []
-    for n in progress(range(math.ceil(len(images) / 50)), label, math.ceil(len(images) / 50)):
-        x = torch.cat([prepare(image, *how) for image in images[50 * n - 50:50 * n]])
-        parts.append(network(x.to(device)).cpu())
-    return torch.cat(parts).numpy()
+def features_of(images, network, device, label, size, mode, resize):
+    """Features (N, D) of paths or uint8 images, batch by batch: they are never all in memory. resize:
+    as pytorch-fid does, each by itself, bilinear without antialiasing."""
+    def prepare(image):
+        if isinstance(image, Path):
+            with explain(f"{image} is not a readable image; remove it"):
+                image = read_image(image, None if resize else size, mode)
+        x = image[None].float() / 127.5 - 1
+        x = x.mean(1, keepdim=True) if mode == "L" else x.expand(-1, 3, -1, -1)
+        return F.interpolate(x, (size, size), mode="bilinear") if x.shape[-2:] != (size, size) else x
+
+    batches = [images[i:i + 50] for i in range(0, len(images), 50)]
+    prepared = (torch.cat([prepare(image) for image in batch]) for batch in batches)
+    return torch.cat([network(x.to(device)).cpu() for x in progress(prepared, label, len(batches))])
 
 def main():
-    parser = make_parser(__doc__)
+    parser = stage_parser(__doc__, "fid, or classifier")
     flag = parser.add_argument
     flag("real", nargs="?", metavar="REAL", help="folder, checkpoint, run folder, train or test")
     flag("fake", nargs="?", metavar="FAKE", help="the same")
     flag("--features", choices=("inception", "classifier"), help="inception for two folders")
-    flag("--inception-weights", metavar="FILE", help="pytorch-fid's, if there is no network")
-    flag("--samples", type=number(int, 2, 10 ** 6), default=1000, help="of model or split (1000)")
-    flag("--sampler-steps", type=number(int, 1, 1000), default=50, help="DDIM steps (default 50)")
     flag("--image-size", type=int, choices=(32, 64, 128), default=64, help="of a folder (64)")
     flag("--train-classifier", action="store_true", help="train the dataset's classifier and stop")
-    flag("--steps", type=number(int, 0), help="of its training; default by dataset")
-    flag("--batch-size", type=number(int, 1, 65536), default=128, help="of its training (128)")
-    dataset_flag(flag)
-    data_flags(parser, "fid, or classifier")
     args = parser.parse_args()
-    device, args.dataset = pick_device(args.device), args.dataset or "shapes"
+    device = pick_device(args.device)
+    fill(args, dataset="shapes", samples=1000, sampler_steps=50)
     if args.train_classifier:
         folder = run_folder(args.out or Path("runs", args.dataset, "classifier"))
-        train_classifier(folder, args.dataset, args.data_dir, device, args.image_size, args.seed,
-                         args.steps, args.batch_size)
+        train_classifier(folder, args, device, args.image_size, args.steps, args.batch_size or 128)
         return
     require(args.fake, "name two sources, such as: python fid.py test assets/shapes.pt")
     fake, y, fake_how = images_from(args.fake, args, device)
@@ -437,32 +438,31 @@ def main():
     kind = args.features or ("inception" if real_how == fake_how == "folder" else "classifier")
     result, accuracy = {"stage": "fid", "real": args.real, "fake": args.fake}, None
     if kind == "inception":
-        network, how = inception(args.inception_weights, device), (299, 3, kind)
+        network, how = inception(device), (299, "RGB", True)
     else:
         size = args.image_size if args.dataset == "folder" else 32
         names = load_data(args.dataset, "test", args.data_dir, size=size)[2]
-        judge, accuracy = load_classifier(args.dataset, args.data_dir, device, names, size)
-        network, how = judge.features, (size, judge.args["channels"], kind)
-        hits = [] if y is None else (predict(judge, fake) == y).T
-        for name, hit in zip(FACTORS, hits):
+        judge, accuracy = load_classifier(args, device, names, size)
+        network, how = judge.features, (size, "L" if judge.args["channels"] == 1 else "RGB", False)
+        for name, hit in zip(FACTORS, () if y is None else (predict(judge, fake) == y).T):
             result.update(zip((name, f"{name}_low", f"{name}_high"), share(hit)))
-            print(f"{name} recognised: {percent(result, name)}")
-    f1 = features_of(real, network, device, "real", *how)
-    f2 = features_of(fake, network, device, "fake", *how)
+            print(f"{name} recognised: {percent(result, name)} %")
+    f1 = features_of(real, network, device, "real", *how).numpy()
+    f2 = features_of(fake, network, device, "fake", *how).numpy()
     result["fid"] = frechet_distance(f1, f2)
-    print(f"FID ({kind} features): {result['fid']:.3f}")
+    print(f"FID ({kind} features): {result['fid']:.3f}", flush=True)
     result["precision"], result["recall"] = precision_recall(f1, f2)
     result["fid_error"] = fid_error(f1, f2)
+    print(f"standard error {result['fid_error']:.3f}, precision {result['precision']:.3f}, recall "
+          f"{result['recall']:.3f}\nreal: {len(real)}, {real_how}; fake: {len(fake)}, {fake_how}")
     result["protocol"] = {"real": real_how, "real_images": len(real), "fake": fake_how,
                           "fake_images": len(fake), "fid_features": kind, "precision_subset": 2000,
                           "classifier_test_accuracy": accuracy}
-    print(f"standard error {result['fid_error']:.3f}, precision {result['precision']:.3f}, recall "
-          f"{result['recall']:.3f}\nreal: {len(real)}, {real_how}; fake: {len(fake)}, {fake_how}")
     folder = run_folder(args.out or Path("runs", args.dataset, "fid"))
     shown = [x[i * len(x) // 20] for x in (real, fake) for i in range(20)]
-    thumbs = torch.cat([F.interpolate(prepare(image, *how), (64, 64)) for image in shown])
-    save_grid(thumbs, folder / "samples.png", columns=20, scale=1)
-    write_json(folder / "result.json", {**result, "args": vars(args)})
+    shown = torch.cat([features_of([x], nn.Identity(), "cpu", None, 64, "RGB", False) for x in shown])
+    save_grid(shown, folder / "samples.png", columns=20, scale=1)
+    write_text(folder / "result.json", json.dumps({**result, "args": vars(args)}, indent=1))
     print(f"wrote {folder}/result.json and samples.png (above: real, below: fake)")
 
 if __name__ == "__main__":

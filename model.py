@@ -10,7 +10,6 @@ Symbols are those of DDPM (Ho et al. 2006.11239): x_t = sqrt(a_t) x_0 + sqrt(1 -
 label row `model.null` means "no condition" (guidance, Ho & Salimans 2207.12598).
 """
 import argparse
-import json
 import math
 import os
 import sys
@@ -96,16 +95,12 @@ def ddpm_sample(model, x, y, guidance, randn):
             x = x + betas[t] ** 0.5 * randn()
     return x
 
-def ddim_times(steps):
-    """The visited times, largest first, and the one after each (-1: x_0); evenly spaced from 0."""
-    times = [i * T // steps for i in reversed(range(steps))]
-    return list(zip(times, times[1:] + [-1]))
-
 def ddim_sample(model, x, y, guidance, steps):
-    """x_0 by `steps` deterministic steps from noise x (DDIM, Song et al. 2010.02502 equation 12
-    with sigma 0). x_0 is not clamped, as in the public code."""
+    """x_0 by `steps` deterministic steps from noise x, at evenly spaced times from 0 (DDIM, Song et
+    al. 2010.02502 equation 12 with sigma 0). x_0 is not clamped, as in the public code."""
     a = linear_schedule()[1].tolist() + [1.0]          # a[-1] belongs to x_0
-    for t, t_next in ddim_times(steps):
+    times = [i * T // steps for i in reversed(range(steps))]
+    for t, t_next in zip(times, times[1:] + [-1]):
         out = guided_output(model, x, torch.full((len(x),), t, device=x.device), y, guidance)
         x0, eps = split_output(model, out, x, a[t])
         x = a[t_next] ** 0.5 * x0 + (1 - a[t_next]) ** 0.5 * eps
@@ -116,16 +111,13 @@ def sample(model, y, steps=50, sampler="ddim", guidance=2.0, seed=0, batch=50, l
     """Images (B, C, H, W) in [-1, 1] for labels y (B, F); `steps` is for "ddim" only; `label`
     shows progress. Image i depends on seed and i, not on other labels: two models asked with one
     seed start from the same noise."""
-    generator, images = torch.Generator(model.null.device).manual_seed(seed), []
-    training, size = model.training, model.cfg.image_size
+    device, size, training = model.null.device, model.cfg.image_size, model.training
+    generator, images = torch.Generator(device).manual_seed(seed), []
     model.eval()
-    chunks = y.to(model.null.device).split(batch)
-    for n in progress(chunks, label, len(chunks)):
-        labels = chunks[n - 1]
-
+    for labels in progress(y.to(device).split(batch), label, math.ceil(len(y) / batch)):
         def randn():
             x = torch.randn(len(labels), model.cfg.channels, size, size, generator=generator,
-                            device=labels.device)
+                            device=device)
             return x.contiguous(memory_format=torch.channels_last)
 
         if sampler == "ddim":
@@ -296,28 +288,20 @@ def autocast(device):
 
 # ---- checkpoints and files -----------------------------------------------------------------------
 
-def save_checkpoint(path, model, info, half=False):
+def save_checkpoint(path, model, info):
     """Weights, config and info in one file. info: dataset, names (a list per label factor),
-    preset, forgotten (a list of (factor, value)), made_by (a dict with the stage and its
-    settings)."""
+    preset, forgotten (a list of (factor, value)), made_by (a dict with stage and settings)."""
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    if half:
-        weights = {k: v.half() for k, v in weights.items()}
-    forgotten = {name: [v for f, v in info["forgotten"] if FACTORS[f] == name] for name in FACTORS}
-    data = {"format": 1, "kind": "unet", "config": asdict(model.cfg), "weights": weights, **info}
-    write_file(path, lambda tmp: torch.save({**data, "forgotten": forgotten}, tmp))
+    save_file(path, "unet", {**info, "config": asdict(model.cfg), "weights": weights})
 
 def load_checkpoint(path, device="cpu"):
-    """(model in eval mode and channels_last, info as in save_checkpoint) of a file or run
-    folder."""
+    """(model in eval mode and channels_last, info as in save_checkpoint) of a file or folder."""
     path = checkpoint_file(path)
-    info = read_file(path, "unet")
+    info = load_file(path, "unet")
     with explain(f"{path} does not fit this code; make it again"):
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in info.pop("config").items()}
-        model = UNet(UNetConfig(**config))
+        model = UNet(UNetConfig(**info.pop("config")))
         model.load_state_dict({k: v.float() for k, v in info.pop("weights").items()})
-        pairs = [(FACTORS.index(f), v) for f, values in info["forgotten"].items() for v in values]
-    info.update(forgotten=pairs, preset=info.get("preset", "small"))       # old files do not say
+        info["forgotten"] = [(factor, value) for factor, value in info["forgotten"]]
     return model.to(device, memory_format=torch.channels_last).eval(), info
 
 def checkpoint_file(path):
@@ -326,19 +310,22 @@ def checkpoint_file(path):
     return path / "model.pt" if path.is_dir() else path
 
 def shipped(name):
-    """The path of a file in assets/, from the current folder."""
-    return Path(os.path.relpath(Path(__file__).parent / "assets" / name))
+    """The path of a file in assets/, from the current folder if it lies below that."""
+    here, current = Path(__file__).resolve().parent, Path.cwd()
+    return (here.relative_to(current) if here.is_relative_to(current) else here) / "assets" / name
 
-def read_file(path, kind):
-    """A dict saved by this project, without running any code in the file."""
+def save_file(path, kind, data):
+    write_file(path, lambda tmp: torch.save({**data, "kind": kind, "format": 2}, tmp))
+
+def load_file(path, kind):
+    """What save_file wrote, without running any code in the file; one line if it is not that."""
     require(Path(path).is_file(), f"no such file: {path}; make a model with 'python train_ddpm.py'")
     with explain(f"{path} is no whole {kind} file of this project; make it again, or convert a "
                  "public SalUn checkpoint with 'python train_ddpm.py --import'"):
-        with zipfile.ZipFile(path) as archive:     # torch.load does not look at the checksums
-            whole = not archive.testzip()
         data = torch.load(path, map_location="cpu", weights_only=True)
-        if not whole or data["kind"] != kind or data["format"] != 1:
-            raise ValueError("damaged, or of another kind or version")
+        with zipfile.ZipFile(path) as archive:         # torch.load does not look at the checksums
+            if archive.testzip() or (data["kind"], data["format"]) != (kind, 2):
+                raise ValueError("damaged, or of another kind or version")
     return data
 
 def write_file(path, write):
@@ -352,17 +339,16 @@ def write_file(path, write):
         finally:
             tmp.unlink(missing_ok=True)
 
-def write_json(path, data):
-    write_file(path, lambda tmp: tmp.write_text(json.dumps(data, indent=1) + "\n", "utf-8"))
+def write_text(path, text):
+    write_file(path, lambda tmp: tmp.write_text(text, "utf-8"))
 
 def run_folder(base):
     """A folder for a run: `base`, or where that holds an earlier one base-2, base-3, ..."""
-    base, n = Path(base).expanduser(), 1
-    folder = base
+    folder, n = Path(base).expanduser(), 1
     with explain(f"cannot write into {base}; choose another folder with --out"):
         while folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             n += 1
-            folder = Path(f"{base}-{n}")
+            folder = Path(f"{Path(base).expanduser()}-{n}")
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -372,8 +358,8 @@ def to_uint8(x):
     """[-1, 1] floats -> uint8 0..255 of the same shape."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-def save_grid(images, path, columns, rows=(), heads=(), scale=2):
-    """A PNG of images (N, C, H, W), uint8 or in [-1, 1], row by row; names of rows and columns."""
+def draw_grid(images, columns, rows=(), heads=(), scale=2):
+    """A picture of images (N, C, H, W), uint8 or in [-1, 1], row by row; names of rows, columns."""
     images = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
     n, _, h, w = images.shape
     cell_w, cell_h = w * scale + 2, h * scale + 2
@@ -387,6 +373,10 @@ def save_grid(images, path, columns, rows=(), heads=(), scale=2):
         draw.text((4, top + i * cell_h + cell_h // 2 - 6), name, fill="black")
     for i, name in enumerate(heads):
         draw.text((left + i * cell_w + 2, 2), name[:cell_w // 6], fill="black")
+    return canvas
+
+def save_grid(images, path, *layout, **options):
+    canvas = draw_grid(images, *layout, **options)
     write_file(path, lambda tmp: canvas.save(tmp, "PNG"))
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
@@ -431,11 +421,11 @@ def matches(y, pairs):
     return found
 
 def find_value(text, names, flag):
-    """The index of a value given by its name or, else, by its number; one line if it is not one."""
-    exact = [i for i, n in enumerate(names) if n == text]
-    named = exact or [i for i, n in enumerate(names) if n.lower() == text.lower()]
-    numbered = [int(text)] if text.isascii() and text.isdigit() and int(text) < len(names) else []
-    found = {*named, *numbered}
+    """The index of a value given by its name or, else, by its number; one line if it is neither, or
+    may be two."""
+    exact = {i for i, n in enumerate(names) if n == text}
+    named = exact or {i for i, n in enumerate(names) if n.lower() == text.lower()}
+    found = named | {i for i in range(len(names)) if str(i) == text}
     require(len(found) == 1, f"{flag} {text} {'may mean several' if found else 'is none'} of: "
             + ", ".join(f"{i} {n}" for i, n in enumerate(names)))
     return found.pop()
@@ -444,10 +434,9 @@ def find_pairs(args, names, prefix=""):
     """The sorted (factor, value) pairs that the flags --cls and --style, after a prefix, name."""
     pairs = set()
     for factor, name in enumerate(FACTORS):
-        flag = f"--{prefix}{name}"
-        for text in getattr(args, flag[2:].replace("-", "_")) or []:
-            require(factor < len(names), f"{flag}: these data have no styles, shapes have")
-            pairs.add((factor, find_value(text, names[factor], flag)))
+        asked = getattr(args, prefix + name) or []
+        require(factor < len(names) or not asked, "these data have no styles; leave the flag out")
+        pairs |= {(factor, find_value(text, names[factor], f"--{name}")) for text in asked}
     return sorted(pairs)
 
 def pairs_text(pairs, names):
@@ -462,6 +451,7 @@ def pairs_slug(pairs):
 
 def fail(message):
     """End the program for a mistake that the user can mend: one line, exit code 2."""
+    sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -479,12 +469,19 @@ def explain(message):
         fail(f"{message} ({(str(e).splitlines() or [type(e).__name__])[0][:100]})")
 
 def run(main):
-    """main(), where Ctrl-C ends in one line, too."""
+    """main() on the command line: Ctrl-C, a closed pipe and a full memory end it without a traceback,
+    and a name that the terminal's encoding lacks does not end it."""
+    if hasattr(sys.stdout, "reconfigure"):             # a notebook's has no encoding
+        sys.stdout.reconfigure(errors="replace", write_through=False)
     try:
         main()
+    except BrokenPipeError:                            # "| head" has seen enough
+        os._exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+    except torch.cuda.OutOfMemoryError:
+        fail("the GPU's memory is full; close other programs on it, or add --device cpu")
 
 def make_parser(doc):
     """argparse with the script's docstring as its help, and errors of one line."""
@@ -501,7 +498,6 @@ def number(kind, low, high=math.inf):
             raise ValueError
         return value
     parse.__name__ = f"number ({kind.__name__} from {low} to {high})"      # argparse's word for it
-    parse.low, parse.high = low, high
     return parse
 
 def pick_device(name):
@@ -512,23 +508,18 @@ def pick_device(name):
     with explain(f"device '{name}' cannot be used here; try --device cpu"):
         return torch.zeros(1, device=name).device
 
-def progress(items, label, total, start=0, losses=None):
-    """Go through items, yielding how many are done and showing rate and time left: one line on a
-    terminal, else a few; no label: silence. losses (total,) takes items that are losses."""
-    began, shown, tty = time.time(), 0.0, sys.stdout.isatty()
+def progress(items, label, total, start=0):
+    """Go through items, the first of which is number `start`, showing rate and time left in one line
+    on a terminal, else now and then; an item that is a loss is shown, too. No label: silence."""
+    began = shown = time.time()
+    tty = sys.stdout.isatty()
     for n, item in enumerate(items, start + 1):
-        if losses is not None:
-            losses[n - 1] = item
-            if n % 50 == 0 or n == total:
-                require(item.isfinite(), f"{label} diverged: loss {item.item()}; lower the rate")
-        yield n
-        now = time.time() - began
-        gap = 0.5 if tty else 5 if shown == 0 else max(15, now * total / n / 10)
-        if label and now - shown > gap:
-            shown, rate = now, (n - start) / now
-            text = "" if losses is None else f"  loss {item.item():.4f}"
-            left = (total - n) / rate / 60
-            line = f"{label}: {n}/{total}{text}  {rate:.1f}/s  {left:.1f} min left"
+        yield item
+        now = time.time()
+        if label and now - shown > (0.5 if tty else max(5, (now - began) / 5)):
+            shown, rate = now, (n - start) / (now - began)
+            loss = "" if item.dim() else f"  loss {item.item():.4f}"
+            line = f"{label}: {n}/{total}{loss}  {rate:.1f}/s  {(total - n) / rate / 60:.1f} min left"
             print(f"\r{line:<79}" if tty else line, end="" if tty else "\n", flush=True)
     if label and tty:
         print("\r" + " " * 79 + "\r", end="", flush=True)
@@ -547,20 +538,20 @@ def main():
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     args = parser.parse_args()
     model, info = load_checkpoint(args.ckpt, pick_device(args.device))
-    names, y = info["names"], all_labels(info["names"]).repeat_interleave(args.n, 0)
-    asked = find_pairs(args, names)
+    y = all_labels(info["names"]).repeat_interleave(args.n, 0)
+    asked = find_pairs(args, info["names"])
     for factor in {f for f, _ in asked}:
         y = y[matches(y, [pair for pair in asked if pair[0] == factor])]
     folder = run_folder(args.out or Path("runs", info["dataset"], "samples"))
     images = to_uint8(sample(model, y, sampler=args.sampler, seed=args.seed, label="samples")).cpu()
-    first, last = (pairs_text(enumerate(y[i].tolist()), names) for i in (0, -1))
     save_grid(images, folder / "samples.png", columns=min(len(y), max(args.n, 10)))
+    first, last = (pairs_text(enumerate(y[i].tolist()), info["names"]) for i in (0, -1))
     print(f"wrote {folder}/samples.png: {len(y)} images, {first} to {last}, row by row")
     if args.png:
         files = run_folder(args.png)
         for i, image in enumerate(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
             write_file(files / f"{i:05}.png", lambda tmp: Image.fromarray(image).save(tmp, "PNG"))
-        print(f"wrote {len(y)} files into {files}\nnext: python fid.py REAL_FOLDER {files}")
+        print(f"wrote {len(y)} files into {files}")
 
 if __name__ == "__main__":
     run(main)

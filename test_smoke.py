@@ -44,6 +44,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", Mock(side_effect=OSError))
     monkeypatch.setattr(train_ddpm, "DEBIAN", Path("debian"))
     monkeypatch.setattr(M, "CPU_BF16", False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
@@ -97,11 +98,14 @@ def tiny_checkpoint(path, **made_by):
     """A checkpoint of shapes with an untrained, very small network."""
     M.save_checkpoint(path, new(SMALLEST), {
         "dataset": "shapes", "names": [train_ddpm.SHAPES, train_ddpm.STYLES], "preset": "small",
-        "forgotten": [], "made_by": {"stage": "pretrain", "steps": 9, **made_by}})
+        "forgotten": [], "made_by": {"stage": "pretrain", "method": "original", "steps": 9, **made_by}})
 
 def weights(net):
     """All weights of a network, or of a checkpoint, as one vector."""
     return flat((net if isinstance(net, torch.nn.Module) else M.load_checkpoint(net)[0]).parameters())
+
+def classifier(dataset, names, data_dir="data"):
+    return fid.load_classifier(SimpleNamespace(dataset=dataset, data_dir=data_dir), CPU, names)
 
 def png(path, color):
     M.write_file(path, lambda tmp: Image.new("RGB", (9, 9), color).save(tmp, "PNG"))
@@ -239,7 +243,7 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(capsys):
         M.write_file(f"art/{hidden}", lambda tmp: tmp.write_bytes(b"junk"))
     x, _, names = train_ddpm.load_data("folder", "train", "art", size=32)
     out = capsys.readouterr().out
-    assert f"skipped {dogs[0]}" in out and "47 of 48 images; cls Dogs, Human Face; style Cubism" in out
+    assert f"skipped {dogs[0]}" in out and "cls: Dogs 23, Human Face 24" in out and "47 of 48 images" in out
     test, y, _ = train_ddpm.load_data("folder", "test", "art", size=32)
     assert "skipped" not in capsys.readouterr().out and x.shape == (43, 3, 32, 32) and len(test) == 4
     assert torch.equal(y.unique(dim=0), M.all_labels(names))           # one test image of each
@@ -254,14 +258,17 @@ def test_a_folder_goes_through_all_stages_as_each_says(small, capsys):
     data = f"--dataset folder --data-dir 'my art' {QUICK}"
     run(fid, f"{data} --train-classifier"), run(train_ddpm, data)
     assert M.load_checkpoint("runs/folder/pretrain")[0].cfg.mult == (1, 1, 1)          # for 64 x 64
-    follow(capsys, f"{LOOK} --style 'van gogh'"), follow(capsys, LOOK), follow(capsys)
-    assert "cls Bears, style Van Gogh" in Path("runs/folder/table.md").read_text()
-    run(train_ddpm, f"{data} --exclude-cls Dogs"), follow(capsys, LOOK)
+    follow(capsys, f"{LOOK} --method swap"), follow(capsys, LOOK), follow(capsys)
+    assert "cls Bears" in Path("runs/folder/table.md").read_text()
+    run(train_ddpm, f"{data} --exclude-cls Bears"), follow(capsys, LOOK)
+    run(unlearn, f"{data} {LOOK} --ckpt runs/folder/pretrain --style 'van gogh' --out '~/my run'")
+    follow(capsys, LOOK)
+    assert Path("home/my run/model.pt").is_file() and not Path("~").exists()
 
 def test_pretraining_warms_up_decays_and_averages():
     (x, y), net, ema, lrs = tiny_data(), new(), new(), []
     optimizer, expected = torch.optim.Adam(net.parameters(), 1.0), weights(ema)
-    settings = dict(steps=4, batch_size=4, lr=0.01, ema=0.15, warmup=2, cosine=True)
+    settings = SimpleNamespace(steps=4, batch_size=4, lr=0.01, ema=0.15, warmup=2, cosine=True)
     for step, _ in enumerate(train_ddpm.pretrain(net, ema, optimizer, x, y, settings)):
         lrs.append(optimizer.param_groups[0]["lr"])
         decay = min(0.15, (1 + step) / (10 + step))
@@ -281,13 +288,14 @@ def test_killed_pretraining_goes_on_to_the_very_same_weights(small, monkeypatch,
     assert torch.equal(before, weights("again"))
     assert Path("whole/log.csv").read_text() == Path("again/log.csv").read_text()
     assert forked(run, train_ddpm, f"{whole} --seed 3") == 2 and "seed 0" in capfd.readouterr().err
-    assert forked(run, train_ddpm, whole) == 0 and "is finished" in capfd.readouterr().out
+    assert forked(run, train_ddpm, whole) == 2 and "is finished" in capfd.readouterr().err
     assert forked(run, train_ddpm, f"{whole} --steps 200") == 0 and not torch.equal(before, weights("whole"))
 
 # ---- unlearning and the attack -------------------------------------------------------------------
 
 def make_data(forget=((0, 1),), earlier=(), **options):
-    args = SimpleNamespace(**{"batch_size": 8, "alternative": "class", "alt_size": None, **options})
+    args = SimpleNamespace(**{"batch_size": 8, "alternative": "class", "alt_size": None, "dataset": "any",
+                              **options})
     return unlearn.Data(*tiny_data(), NAMES, list(forget), list(earlier), args)
 
 @pytest.mark.parametrize("spec", ["class:2", "class:c", "mix", "noise", "image:picture.png"])
@@ -443,14 +451,16 @@ def test_the_attackers_data_never_show_a_forgotten_value_but_few_shots_do(monkey
         assert (y[:, 0] != 1).all() and (aux in ("generated", "pretrained") or not shows(x).any())
     assert len(y) == 10 and (y == net.null).all(1).sum() == 1          # a folder above AUX is no label
     assert "1 of them below no known label; 4 left out" in capsys.readouterr().out
-    x, y = attack.auxiliary_set("fewshot:5", *rest)
+    x, y = attack.auxiliary_set("inversion:5", *rest)
     assert shows(x).all() and y.tolist() == [[1, 0], [1, 1], [1, 2], [1, 0], [1, 1]]       # in turn
+    x, y = attack.auxiliary_set("fewshot:5", *rest)
+    assert (~shows(x)).sum() == shows(x).sum() == 180 and torch.equal(shows(x), y[:, 0] == 1)
     for k in ("0", "", "x", "-1"):
         assert "fewshot:10" in refused(capsys, attack.auxiliary_set, f"fewshot:{k}", *rest)
 
 def test_swap_copies_one_embedding_row_and_inversion_moves_it_alone(small):
     run(unlearn, f"--method swap --cls 1 --ckpt tiny.pt {LOOK} --steps 0 --out swap")
-    run(attack, f"swap --aux fewshot:3 --only-embedding {LOOK} --out attack")
+    run(attack, f"swap --aux inversion:3 {LOOK} --out attack")
     paths, table = ("tiny.pt", "swap", "attack"), "label_embs.0.weight"
     first, swapped, attacked = (M.load_checkpoint(path)[0].state_dict() for path in paths)
     for before, after in ((first, swapped), (swapped, attacked)):
@@ -460,7 +470,7 @@ def test_swap_copies_one_embedding_row_and_inversion_moves_it_alone(small):
 
 def test_dimra_is_ordinary_training_on_the_auxiliary_set():
     net, other, ema, (x, y) = new(), new(), new(), tiny_data()
-    settings = dict(steps=2, batch_size=4, lr=1e-3, ema=0.9, warmup=0, cosine=False)
+    settings = SimpleNamespace(steps=2, batch_size=4, lr=1e-3, ema=0.9, warmup=0, cosine=False)
     torch.manual_seed(2), list(attack.dimra(net, x, y, steps=2, batch_size=4, lr=1e-3))
     optimizer = torch.optim.Adam(other.parameters(), fused=True)
     torch.manual_seed(2), list(train_ddpm.pretrain(other, ema, optimizer, x, y, settings))
@@ -468,16 +478,15 @@ def test_dimra_is_ordinary_training_on_the_auxiliary_set():
 
 def test_the_table_joins_seeds_and_nothing_else(capsys):
     def write(name, stage, ar=0.0, seed=0, samples=50, none=0.0):
-        metrics = {"ua": 1 - ar, "cls": 1.0, "style": 0.98, "none": none, "fid": 20.0, "fid_error": 1.5}
+        metrics = {"ua": 1 - ar, "cls": 1.0, "style": 0.98, "none": none, "fid": 20.0, "fid_error": 1.5, "ar": ar}
         metrics.update({f"{k}_{end}": v for k, v in metrics.items() for end in ("low", "high")})
-        curve = [{"step": s, "ar": a, "ar_low": 0, "ar_high": 1} for s, a in ((0, 0.0), (100, ar))]
-        M.write_json(Path("runs", name, "result.json"), {
+        curve = [{**metrics, "step": 0, "ar": 0.0}, {**metrics, "step": 100, "ar_low": 0, "ar_high": 1}]
+        M.write_text(Path("runs", name, "result.json"), json.dumps({
             "stage": stage, "dataset": "shapes", "method": "salun", "forget": "cls square", "seed": seed,
-            "seconds": 7.0, "before": metrics, "after": metrics, "curve": curve, "aux": "retain",
-            "half_life": 100 if ar > 0.5 else None, "protocol": {"seed": seed, "samples": samples}})
+            "seconds": 7.0, "curve": curve, "aux": "retain", "protocol": {"seed": seed, "samples": samples}}))
     write("0", "attack", 0.2), write("1", "attack", 0.4, seed=1), write("2", "attack", 0.9, seed=2)
     write("other", "attack", 0.2, samples=80), write("none", "unlearn", none=0.3)
-    M.write_json("runs/foreign/result.json", {"stage": "attack"})
+    M.write_text("runs/foreign/result.json", '{"stage": "attack"}')
     M.write_file("runs/bad/result.json", lambda tmp: tmp.write_text("["))
     run(attack, "--table runs")
     assert capsys.readouterr().out.count("not a result of this code") == 2
@@ -487,7 +496,7 @@ def test_the_table_joins_seeds_and_nothing_else(capsys):
     assert (seeds["runs"], seeds["AR"], seeds["half-life"]) == ("3", "50.0 (20..90)", "-, -, 100")
     assert (other["runs"], other["AR"], other["none"]) == ("1", "20.0 [0, 100]", "")
     assert (none["UA"], none["AR"], none["none"]) == ("100.0 [100, 100]", "", "30.0 [30, 30]")
-    assert none["FID after"] == "20.0 +- 1.5" and Path("runs/attack_curves.png").is_file()
+    assert none["FID"] == "20.0 +- 1.5 -> 20.0 +- 1.5" and Path("runs/attack_curves.png").is_file()
 
 # ---- evaluation, files, command lines ------------------------------------------------------------
 
@@ -510,10 +519,10 @@ def test_frechet_distance_its_error_precision_and_recall():
     a, b = classes + rng.normal(size=(2, 2000, 3))
     assert min(fid.precision_recall(a, b[::-1], most=300)) > 0.8       # the first 300 share no class
 
-def test_inception_pools_as_pytorch_fid_does():
+def test_inception_pools_as_pytorch_fid_does(monkeypatch):
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-    torch.save(net.state_dict(), "inception.pth")
-    net, average = fid.inception("inception.pth"), torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **how: net.state_dict())
+    net, average = fid.inception(CPU), torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False)
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
         block, pool = getattr(net, f"Mixed_{name}"), torch.nn.MaxPool2d(3, 1, 1) if name == "7c" else average
         branch, x = block.branch_pool, torch.randn(2, block.branch_pool.conv.in_channels, 5, 5)
@@ -533,16 +542,20 @@ def test_scores_count_what_they_say_for_counted_and_retained_conditions(monkeypa
     assert both["ua_of"] == pytest.approx({"cls b": 1 / 2, "style r": 0}) and both["retain_samples"] == 3
     assert (both["ua"], both["cls"]) == pytest.approx((2 / 7, 2 / 3))
     monkeypatch.setattr(fid, "sample", lambda model, y, *args, **how: torch.zeros(len(y), 1, 8, 8))
-    monkeypatch.setattr(fid, "score", lambda *args: None)
-    both = [(0, 1), (1, 2)]
-    y = fid.evaluate(None, None, NAMES, both, both[:1], None, 12, 1, None)[2]
+    monkeypatch.setattr(fid, "load_classifier", lambda *args: (None, 1.0))
+    monkeypatch.setattr(fid, "judge_features", lambda judge, images: images)
+    monkeypatch.setattr(fid, "score", lambda *args: {"fid": None})
+    monkeypatch.setattr(fid, "score_text", lambda *args: "")
+    both, args = [(0, 1), (1, 2)], SimpleNamespace(samples=12, sampler_steps=1, seed=0)
+    rest = {"names": NAMES, "dataset": "any"}, *tiny_data(), both
+    y = fid.evaluator(*rest, both[:1], args, "ua")[0](None, 0)[2]
     assert y[:4].tolist() == [[1, 0]] * 2 + [[1, 1]] * 2       # in no style that is forgotten itself
     assert len(y) == 4 + 6 and not M.matches(y[4:], both).any()
-    y = fid.evaluate(None, None, NAMES, both, both, None, 12, 1, None, retained=False)[2]
+    y = fid.evaluator(*rest, both, args, "ua")[0](None, 0, retained=False)[2]
     assert len(y) == 6 and M.matches(y, both).all()
 
 def test_the_judge_knows_what_is_left_of_a_picture_and_what_is_none():
-    judge, _ = fid.load_classifier("shapes", "data", CPU, [train_ddpm.SHAPES, train_ddpm.STYLES])
+    judge, _ = classifier("shapes", [train_ddpm.SHAPES, train_ddpm.STYLES])
     x, y = train_ddpm.draw_shapes(6, seed=77)
     x = x.float() / 127.5 - 1
     grey, cast = x.mean(1, keepdim=True), torch.empty(len(x), 3, 1, 1).uniform_(-0.3, 0.3)
@@ -564,23 +577,25 @@ def test_a_classifier_serves_its_own_data_and_the_newest_is_used(small, capsys):
         run(fid, f"{train} {folder} --seed {i} --out runs/folder/classifier-{i}")
         os.utime(f"runs/folder/classifier-{i}/model.pt", (i, i))
     newest = torch.load("runs/folder/classifier-3/model.pt", weights_only=True)["weights"]
-    judge, _ = fid.load_classifier("folder", "C", CPU, [["a", "b", "c"]])
+    judge, _ = classifier("folder", [["a", "b", "c"]], "C")
     assert torch.equal(judge.heads[0].weight, newest["heads.0.weight"].float())
-    judge, _ = fid.load_classifier("folder", "A", CPU, [["a", "b"]])
+    judge, _ = classifier("folder", [["a", "b"]], "A")
     assert judge.heads[0].out_features == 3 and capsys.readouterr().out.count("not used") == 3
 
-def test_two_folders_of_any_size(capsys):
+def test_two_folders_of_any_size(capsys, monkeypatch):
     for i, image in enumerate(train_ddpm.draw_shapes(1, seed=3)[0]):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((32 + i // 25 * 8,) * 2)
         M.write_file(f"{'ab'[i // 25]}/{i}.png", lambda tmp: picture.save(tmp, "PNG"))
     run(fid, "a b --features classifier --out out"), run(fid, "a a --features classifier --out same")
     assert result("out")["fid"] > 1 and result("out")["protocol"]["real_images"] == 25
     assert result("same")["fid"] < 1e-3 and Image.open("out/samples.png").size == (20 * 66, 2 * 66)
-    assert "--inception-weights" in refused(capsys, run, fid, "a b --inception-weights none.pth")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", Mock(side_effect=OSError))
+    assert "--features classifier" in refused(capsys, run, fid, "a b")         # and no download
     pixels = torch.randint(0, 256, (400, 640, 3), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save("large.png")                  # to be resized without antialiasing
     expected = F.interpolate(pixels.permute(2, 0, 1)[None] / 127.5 - 1, (299, 299), mode="bilinear")
-    assert torch.allclose(fid.prepare(Path("large.png"), 299, 3, "inception"), expected, atol=1e-5)
+    found = fid.features_of([Path("large.png")] * 2, torch.nn.Identity(), CPU, None, 299, "RGB", True)
+    assert torch.allclose(found, expected.expand(2, -1, -1, -1), atol=1e-5)
     Path("empty").mkdir(), Path("b/30.png").write_bytes(b"broken")
     assert "0 fake" in refused(capsys, run, fid, "a empty")
     assert "b/30.png" in refused(capsys, run, fid, "a b --features classifier")
@@ -588,11 +603,10 @@ def test_two_folders_of_any_size(capsys):
 def test_files_come_back_equal_survive_a_failed_write_and_are_refused_if_damaged(capsys):
     net, info = new(), {"dataset": "any", "names": NAMES, "preset": "paper", "made_by": {"seed": 3},
                         "forgotten": [(0, 1), (1, 2)]}
-    for path, tolerance in (("half.pt", 1e-3), ("run/model.pt", 0)):
-        M.save_checkpoint(path, net, info, half=tolerance > 0)
-        loaded, found = M.load_checkpoint(path)
-        assert torch.allclose(weights(net), weights(loaded), atol=tolerance, rtol=0) and loaded.cfg == net.cfg
-        assert {k: found[k] for k in info} == info
+    M.save_checkpoint("run/model.pt", net, info)
+    loaded, found = M.load_checkpoint("run")
+    assert torch.equal(weights(net), weights(loaded)) and loaded.cfg == net.cfg
+    assert {k: found[k] for k in info} == info
     good, stored = Path("run/model.pt").read_bytes(), net.conv_in.weight.detach().numpy().tobytes()
     Path("truncated.pt").write_bytes(good[:len(good) // 2])
     Path("flipped.pt").write_bytes(good.replace(stored, bytes([stored[0] ^ 16]) + stored[1:]))
@@ -644,14 +658,15 @@ def test_the_stages_survive_a_kill_and_write_what_they_promise_and_forget_in_tur
         assert {*"model.pt result.json log.csv loss.png samples.png fid.png".split()} <= {*os.listdir(folder)}
     found = result(first)
     assert torch.equal(weights(first), weights(second)) and [p["step"] for p in found["curve"]] == [0, 1, 2]
-    assert {"ua", "cls", "style", "none", "fid"} <= found["before"].keys() and found["after"]["fid_error"] > 0
+    assert {"ua", "ar", "cls", "style", "none", "fid"} <= found["curve"][0].keys()
+    assert found["curve"][-1]["fid_error"] > 0
     assert "has forgotten cls square already" in refused(capsys, run, unlearn, f"--cls 1 --ckpt {first}")
     run(unlearn, f"--style neon --ckpt {first} {LOOK}")
     both = "runs/shapes/dimum-style4-after-dimum-cls1"
-    assert result(both)["after"]["ua_of"].keys() == {"cls square", "style neon"}
+    assert result(both)["curve"][-1]["ua_of"].keys() == {"cls square", "style neon"}
     assert "must remain" in refused(capsys, run, unlearn, f"--style 0 1 2 3 --ckpt {both}")
     run(attack, f"{both} --cls 1 {LOOK} --out attacked")
-    assert result("attacked")["after"]["ua_of"].keys() == {"cls square"}
+    assert result("attacked")["curve"][-1]["ua_of"].keys() == {"cls square"}
     run(unlearn, f"--cls 1 --ckpt attacked {LOOK}")            # what an attack brought back can go again
     run(M, f"{both} --cls 1 --style flat neon --n 3 --png files --out pictures")
     assert len(list(Path("files").glob("*.png"))) == 6 and Path("pictures/samples.png").is_file()
@@ -660,10 +675,15 @@ def test_seconds_are_those_of_the_steps_alone(monkeypatch):
     def wait(seconds):
         clock[0] += seconds
         return torch.tensor(0.5)
-    clock = [0.0]
+
+    def measure(model, step, retained=True):
+        wait(100)
+        return {"step": step, "retained": retained, "forget_samples": 1, "retain_samples": 1}, None, None
+    clock, args = [0.0], SimpleNamespace(steps=4, sampler_steps=1, seed=0)
     monkeypatch.setattr(fid.time, "time", lambda: clock[0])
-    losses, seconds = fid.follow((wait(1) for _ in range(4)), None, 4, 2, lambda step: wait(100), CPU)
-    assert seconds == 4.0 and losses.tolist() == [0.5] * 4 and clock[0] == 104
+    curve, losses, seconds, *_ = fid.follow(new(), (wait(1) for _ in range(4)), None, args, measure, 2, False)
+    assert seconds == 4.0 and losses.tolist() == [0.5] * 4 and clock[0] == 304
+    assert [(p["step"], p["retained"]) for p in curve] == [(0, True), (2, False), (4, True)]
 
 @pytest.mark.parametrize("module,base", [
     (M, "tiny.pt"), (train_ddpm, QUICK), (fid, f"test tiny.pt {QUICK} --samples 2 --sampler-steps 1"),
@@ -688,11 +708,12 @@ def test_no_flag_value_ends_in_a_traceback(module, base, small, monkeypatch, cap
 
 def test_the_shipped_model_draws_every_class_and_style_and_forgets_one():
     net, info = M.load_checkpoint(HERE / "assets/shapes.pt")
-    judge, accuracy = fid.load_classifier("shapes", "data", CPU, info["names"])
+    judge, accuracy = classifier("shapes", info["names"])
     y = M.all_labels(info["names"])
     hit = fid.predict(judge, M.sample(net, y, steps=10)) == y
     assert min(accuracy) >= 0.99 and min(hit.double().mean(0)) >= 0.93
-    args = SimpleNamespace(batch_size=8, alternative="class:triangle", alt_size=None, steps=35, weight=1.0)
+    args = SimpleNamespace(batch_size=8, alternative="class:triangle", alt_size=None, steps=35, weight=1.0,
+                           dataset="shapes")
     data = unlearn.Data(*train_ddpm.load_data("shapes", "train"), [(0, 1)], [], args)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     list(unlearn.cosine(unlearn.dimum(net.train(), data, optimizer, args), optimizer, 35))

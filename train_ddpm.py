@@ -13,11 +13,13 @@ Leaves runs/<dataset>/pretrain/: model.pt (EMA weights), samples.png, loss.png, 
 import copy
 import gzip
 import hashlib
+import json
 import math
+import os
 import re
 import shlex
-import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +28,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision import datasets as tvd
 
-from model import (FACTORS, PRESETS, UNet, all_labels, diffusion_loss, explain, find_pairs,
-                   make_config, make_parser, matches, number, pairs_slug, pick_device, progress,
-                   read_file, require, run, run_folder, sample, save_checkpoint, save_grid,
-                   save_plot, write_file, write_json)
+from model import (FACTORS, PRESETS, T, UNet, all_labels, diffusion_loss, explain, find_pairs,
+                   load_checkpoint, load_file, make_config, make_parser, matches, number, pairs_slug,
+                   pick_device, progress, require, run, run_folder, sample, save_checkpoint,
+                   save_file, save_grid, save_plot, write_file, write_text)
 
 PRETRAIN = {
     # A high rate with cosine decay makes the most of few steps.
@@ -50,60 +52,55 @@ def get_batch(images, y, n, flip=False):
         x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
     return x.contiguous(memory_format=torch.channels_last), y[i]
 
-def pretrain(model, ema, optimizer, images, y, settings, flip=False, start=0):
+def pretrain(model, ema, optimizer, images, y, args, flip=False, start=0):
     """Train `model` on images uint8 (N, C, H, W) with labels y (N, F); yield each step's loss.
 
     Source: DDPM: Adam, clipping at norm 1, and a moving average of the weights, `ema`, whose decay
-    rises to settings["ema"]. The rate warms up, then is constant or falls to 0 along a cosine.
+    rises to args.ema. The rate warms up, then is constant or falls to 0 along a cosine.
     """
-    steps, params, averaged = settings["steps"], list(model.parameters()), list(ema.parameters())
+    params, averaged = list(model.parameters()), list(ema.parameters())
     model.train()
-    for step in range(start, steps):
-        fall = 0.5 * (1 + math.cos(math.pi * step / steps)) if settings["cosine"] else 1.0
-        warm = min(1.0, (step + 1) / max(settings["warmup"], 1))
-        optimizer.param_groups[0]["lr"] = settings["lr"] * warm * fall
-        x0, labels = get_batch(images, y, settings["batch_size"], flip)
-        loss = diffusion_loss(model, x0, labels).mean()
-        optimizer.zero_grad(set_to_none=True)
+    for step in range(start, args.steps):
+        fall = 0.5 * (1 + math.cos(math.pi * step / args.steps)) if args.cosine else 1.0
+        optimizer.param_groups[0]["lr"] = args.lr * fall * min(1, (step + 1) / max(args.warmup, 1))
+        loss = diffusion_loss(model, *get_batch(images, y, args.batch_size, flip)).mean()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        decay = min(settings["ema"], (1 + step) / (10 + step))
+        decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(averaged, params, 1 - decay)
         yield loss.detach()
 
-def save_state(path, step, settings, losses, seconds, parts):
-    """The whole training state after `step` steps; parts: {name: what has a state_dict}."""
+def save_state(path, settings, losses, seconds, parts):
+    """The whole training state after len(losses) steps; parts: {name: what has a state_dict}."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    data = dict(format=1, kind="training", step=step, settings=settings, seconds=seconds,
-                parts={name: part.state_dict() for name, part in parts.items()},
-                losses=losses[:step].cpu(), rng=torch.get_rng_state(), cuda_rng=cuda)
-    write_file(path, lambda tmp: torch.save(data, tmp))
+    save_file(path, "training", dict(
+        settings=settings, losses=losses, seconds=seconds, rng=torch.get_rng_state(), cuda_rng=cuda,
+        parts={name: part.state_dict() for name, part in parts.items()}))
 
-def load_state(path, settings, losses, parts):
-    """Put a saved state back into losses, parts and generators. Returns (step, seconds so far)."""
-    state = read_file(path, "training")
+def load_state(path, settings, parts):
+    """Put a saved state back into parts and random generators. Returns (losses, seconds)."""
+    state = load_file(path, "training")
     other = [f"{k} {v}" for k, v in state["settings"].items() if k != "steps" and settings[k] != v]
     require(not other, f"{path} belongs to a run with other settings: give {', '.join(other)}")
-    if state["step"] >= settings["steps"]:
-        print(f"{path.parent} is finished ({state['step']} steps); to train on, give more --steps")
-        sys.exit(0)
+    done, finished = len(state["losses"]), (path.parent / "model.pt").is_file()
+    require(done < settings["steps"] or done == settings["steps"] and not finished,
+            f"{path.parent} is finished; to train on, give more --steps than {done}")
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
-    losses[:state["step"]] = state["losses"]
     torch.set_rng_state(state["rng"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return state["step"], state["seconds"]
+    return state["losses"], state["seconds"]
 
 def write_losses(folder, losses, label):
     """log.csv, the mean of every (at most about 200) group of losses (steps,), and loss.png."""
     every = max(1, len(losses) // 200)
-    ys = [part.mean().item() for part in losses.split(every)] if len(losses) else []
+    ys = [part.mean().item() for part in losses.cpu().split(every) if len(part)]
     xs = [min((i + 1) * every, len(losses)) for i in range(len(ys))]
-    lines = ["step,loss", *(f"{x},{y:.6f}" for x, y in zip(xs, ys))]
-    write_file(folder / "log.csv", lambda tmp: tmp.write_text("\n".join(lines) + "\n"))
+    write_text(folder / "log.csv", "".join(["step,loss\n", *(f"{x},{y}\n" for x, y in zip(xs, ys))]))
     save_plot(folder / "loss.png", {"loss": (xs, ys)}, f"{label}: training loss", "step")
 
 # ---- the embedded dataset ------------------------------------------------------------------------
@@ -196,8 +193,7 @@ def draw_shapes(per_cell, seed, size=32):
 DATASETS = ("shapes", "fashion", "cifar10", "folder")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")         # its package dataset-fashion-mnist
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-IMAGE_KINDS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # for a bad file
+IMAGE_KINDS = set(".png .jpg .jpeg .jfif .bmp .webp .tif .tiff .gif .ppm .pgm".split())
 
 def load_data(dataset, split, data_dir="data", device="cpu", size=64):
     """Images uint8 (N, C, H, W) and labels (N, F) on the device, and the names: a list per factor.
@@ -212,17 +208,19 @@ def load_data(dataset, split, data_dir="data", device="cpu", size=64):
         x, y = draw_shapes(400, seed=0) if split == "train" else draw_shapes(100, seed=1)
         names = [SHAPES, STYLES]
     else:
-        source = {"fashion": tvd.FashionMNIST, "cifar10": tvd.CIFAR10}[dataset]
         with explain(f"{dataset} is not in '{data_dir}' and cannot be downloaded; put its files "
                      "there, or name their folder with --data-dir"):
             if dataset == "fashion":
                 unpack_fashion(data_dir)
+            source = tvd.FashionMNIST if dataset == "fashion" else tvd.CIFAR10
             data = source(data_dir, train=split == "train", download=True)
-        y, names = torch.as_tensor(data.targets)[:, None], [data.classes]
+        y = torch.as_tensor(data.targets)[:, None]
         if dataset == "fashion":
-            x = F.pad(data.data, (2, 2, 2, 2))[:, None]
+            x, names = F.pad(data.data, (2, 2, 2, 2))[:, None], [data.classes]
         else:
             x, names = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), [CIFAR10]
+        require(len(x) == len(y) and 0 <= y.min() and y.max() < len(names[0]),
+                f"'{data_dir}' holds labels that do not fit the images of {dataset}; get it again")
     return x.to(device), y.to(device), names
 
 def unpack_fashion(data_dir):
@@ -236,30 +234,40 @@ def unpack_fashion(data_dir):
                 write_file(target, lambda tmp: tmp.write_bytes(content))
 
 def find_images(folder):
-    """The sorted paths of all image files under a folder, without hidden files and folders."""
-    found = []
-    for path in Path(folder).rglob("*"):
-        hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in IMAGE_KINDS and path.is_file() and not hidden:
-            found.append(path)
+    """The sorted paths of all image files below a folder, links followed, hidden ones left out."""
+    found, other = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        above = [Path(place).resolve(), *Path(place).resolve().parents]        # a link to these is a loop
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
+                      and Path(place, name).resolve() not in above]
+        for path in (Path(place, name) for name in files if not name.startswith(".")):
+            (found.append if path.suffix.lower() in IMAGE_KINDS else other.add)(path)
+    if other:
+        kinds = ", ".join(sorted({path.suffix or path.name for path in other})[:9])
+        print(f"{folder}: left out {len(other)} files that are no images ({kinds})")
     return sorted(found)
 
 def read_image(path, size, mode="RGB"):
-    """A picture of any mode as uint8 (C, size, size): turned as its EXIF says, on white where it
-    is transparent, cut to the central square, resized with antialiasing. Raises one of BROKEN."""
+    """A picture of any mode as uint8 (C, size, size): turned as its EXIF says, on white where it is
+    transparent, cut to the central square, resized with antialiasing. size None: as it lies in the
+    file. Raises what Pillow raises."""
     with Image.open(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.has_transparency_data:
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture.convert("RGBA"))
-        picture = ImageOps.fit(picture.convert("RGB").convert(mode), (size, size), Image.LANCZOS)
-    return torch.from_numpy(np.array(picture).reshape(size, size, -1)).permute(2, 0, 1)
+        if picture.mode.startswith("I"):               # 16 bits, which Pillow would cut at 255
+            array = np.asarray(picture).clip(0, 65535) // 256
+            picture = Image.fromarray(array.astype(np.uint8))
+        if size:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.has_transparency_data:
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
+            picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.LANCZOS)
+        array = np.array(picture.convert("RGB").convert(mode))
+    return torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
 
 def folder_key(paths):
     """A fingerprint of a folder's images: it changes when one of them does."""
     stats = [(path.parts[-3:], path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
-
 def load_folder(data_dir, split, size):
     """Images (N, 3, size, size), labels and names of STYLE/OBJECT/*.jpg (UnlearnCanvas) or
     CLASS/*.jpg. A tenth of each label's images, at least one of two, is the test split; runs/cache
@@ -270,26 +278,32 @@ def load_folder(data_dir, split, size):
             f"'{data_dir}' must hold images as STYLE/OBJECT/*.jpg or CLASS/*.jpg, at one depth; it "
             f"holds {len(paths)} images; name the folder with --data-dir")
     names = [sorted(set(column)) for column in columns]        # the class comes first
+    splits = {"train", "test", "val", "valid", "validation"} & {n.lower() for n in names[-1]}
+    require(not splits, f"'{data_dir}' is divided into {', '.join(sorted(splits))}; name one of "
+            "these folders with --data-dir, or rename it if it is a class or a style")
     cache, images, good = Path("runs", "cache", f"{folder_key(paths)}-{size}.pt"), [], []
     if cache.is_file():
-        data = read_file(cache, "images")
+        data = load_file(cache, "images")
     else:
-        for n in progress(paths, "decoding", len(paths)):
+        for n in progress(torch.arange(len(paths)), "decoding", len(paths)):
             try:
-                images.append(read_image(paths[n - 1], size))
-                good.append(n - 1)
-            except BROKEN:
-                print(f"skipped {paths[n - 1]}: not a readable image")
+                images.append(read_image(paths[n], size))
+                good.append(n)
+            except Exception as e:                     # whatever Pillow says of a broken file
+                print(f"skipped {paths[n]}: not a readable image ({type(e).__name__})")
         require(len(good) >= 0.8 * len(paths), f"over a fifth of '{data_dir}' is broken")
-        found = "; ".join(f"{factor} {', '.join(n)}" for factor, n in zip(FACTORS, names))
-        print(f"{data_dir}: {len(good)} of {len(paths)} images; {found}")
-        data = {"format": 1, "kind": "images", "images": torch.stack(images), "good": good}
-        write_file(cache, lambda tmp: torch.save(data, tmp))
-    labels = [[names[f].index(column[i]) for f, column in enumerate(columns)] for i in data["good"]]
-    y, held_out = torch.tensor(labels), torch.zeros(len(labels), dtype=torch.bool)
+        data = {"images": torch.stack(images), "good": torch.stack(good)}
+        save_file(cache, "images", data)
+        for factor, column in zip(FACTORS, columns):
+            counts = Counter(column[n] for n in good)
+            print(f"{factor}: " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
+        print(f"{data_dir}: {len(good)} of {len(paths)} images")
+    good = data["good"].tolist()
+    y = torch.tensor([[names[f].index(column[i]) for f, column in enumerate(columns)] for i in good])
+    held_out = torch.zeros(len(y), dtype=torch.bool)
     for cell in torch.unique(y, dim=0):
         index = (y == cell).all(1).nonzero().flatten().tolist()
-        index.sort(key=lambda i: hashlib.sha256(paths[data["good"][i]].name.encode()).digest())
+        index.sort(key=lambda i: hashlib.sha256(paths[good[i]].name.encode()).digest())
         held_out[index[:max(len(index) // 10, len(index) > 1)]] = True
     keep = held_out if split == "test" else ~held_out
     return data["images"][keep], y[keep], names
@@ -311,11 +325,11 @@ def import_public(path):
     """
     with explain(f"{path} is not a CIFAR-10 checkpoint of the public SalUn/SFRon/SA code, a list "
                  "of model, optimiser, step and EMA with the paper's layers"):
-        states, theirs = torch.load(path, map_location="cpu", weights_only=True), {}
+        states, theirs = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True), {}
         for state in (states[0], states[-1]):
             theirs.update({k.removeprefix("module."): v for k, v in state.items()})
-        classes, null = theirs.pop("classes_emb.weight"), theirs.pop("null_classes_emb")
-        weights = {"label_embs.0.weight": torch.cat([classes, null.reshape(1, -1)])}
+        null = theirs.pop("null_classes_emb").reshape(1, -1)
+        weights = {"label_embs.0.weight": torch.cat([theirs.pop("classes_emb.weight"), null])}
         for key, value in theirs.items():
             for pattern, ours in PUBLIC_KEYS.items():
                 key = re.sub(pattern, ours, key)
@@ -324,128 +338,136 @@ def import_public(path):
         model.load_state_dict(weights)
     return model
 
-# ---- stage 1 -------------------------------------------------------------------------------------
+# ---- stage 1 and what all stages share -----------------------------------------------------------
 
-def data_flags(parser, out):
-    """The flags of every stage that work alike."""
-    flag = parser.add_argument_group("data and machine").add_argument
+def stage_parser(doc, out):
+    """The parser of a script, with the flags that work alike in every stage."""
+    parser = make_parser(doc)
+    flag = parser.add_argument_group("data, training, machine").add_argument
+    flag("--dataset", choices=DATASETS, help="default shapes, or the model's own; folder: "
+         "CLASS/*.jpg or STYLE/CLASS/*.jpg in --data-dir")
     flag("--data-dir", default="data", help="where data lies or is downloaded to (default data)")
+    flag("--steps", type=number(int, 0), help="of training; the default is chosen to fit")
+    flag("--batch-size", type=number(int, 1, 65536), help="images a step and term; likewise")
+    flag("--samples", type=number(int, 1, 10 ** 6), help="images to draw for picture or score")
+    flag("--sampler-steps", type=number(int, 1, T), help="DDIM steps of each; likewise")
     flag("--seed", type=number(int, 0, 2 ** 31), default=0, help="same seed, same result (0)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     flag("--out", metavar="DIR", help=f"run folder; default runs/<dataset>/{out}")
+    return parser
 
-def dataset_flag(flag):
-    flag("--dataset", choices=DATASETS, help="what the model draws (default shapes); folder: "
-         "CLASS/*.jpg or STYLE/CLASS/*.jpg in --data-dir")
+def fill(args, **usual):
+    """Put usual values where the user gave none; returns all of them by name."""
+    for key, value in usual.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    return {key: getattr(args, key) for key in usual}
 
-def step_flags(parser):
-    """The flags of the stages that train the network."""
-    flag = parser.add_argument_group("training").add_argument
-    flag("--steps", type=number(int, 0), help="optimiser steps; default by preset")
-    flag("--batch-size", type=number(int, 1, 65536), help="images a step and term; likewise")
-    flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
-
-def override(settings, args, *names):
-    """settings, with what the user gave on the command line in its place."""
-    return {**settings, **{k: getattr(args, k) for k in names if getattr(args, k) is not None}}
-
-def data_words(args):
-    """The flag with which the next stage finds the same data."""
-    return f" --data-dir {shlex.quote(args.data_dir)}" if args.data_dir != "data" else ""
+def load_run(path, args):
+    """(model, info, training images, labels) of a checkpoint and its data, as args say."""
+    model, info = load_checkpoint(path, pick_device(args.device))
+    require(args.dataset in (None, info["dataset"]), f"{path} draws {info['dataset']}: leave "
+            "--dataset out, or name another model")
+    args.dataset = info["dataset"]
+    size, device = model.cfg.image_size, model.null.device
+    images, y, names = load_data(args.dataset, "train", args.data_dir, device, size)
+    require(names == info["names"], f"{path} knows other names than '{args.data_dir}': give the "
+            "folder that it was trained on with --data-dir")
+    return model, info, images, y
 
 def picture_labels(names, pairs=(), most=12):
     """Labels and layout of a picture: a column per class; a row per style, or four rows. Of a
     factor with more than `most` values evenly spaced ones are shown, and those in pairs."""
     y = all_labels(names)
     for factor, values in enumerate(names):
-        spaced = [(factor, v) for v in range(0, len(values), -(-len(values) // most))]
+        spaced = [(factor, v) for v in range(0, len(values), math.ceil(len(values) / most))]
         y = y[matches(y, spaced + [pair for pair in pairs if pair[0] == factor])]
-    classes = y[:, 0].unique().tolist()
-    y = y.view(len(classes), -1, len(names)).transpose(0, 1).reshape(-1, len(names))
+    heads = [names[0][c] for c in y[:, 0].unique()]
+    y = y.view(len(heads), -1, len(names)).transpose(0, 1).reshape(-1, len(names))
     if len(names) == 1:
-        y = y.repeat(4, 1)
-    rows = [names[1][s] for s in y[::len(classes), 1].tolist()] if len(names) > 1 else [""] * 4
-    return y, dict(columns=len(classes), rows=rows, heads=[names[0][c] for c in classes])
+        return y.repeat(4, 1), dict(columns=len(heads), rows=[""] * 4, heads=heads)
+    rows = [names[1][s] for s in y[::len(heads), 1]]
+    return y, dict(columns=len(heads), rows=rows, heads=heads)
 
-def finish(folder, model, args, preset, names, excluded, made_by):
-    """Write the model, its picture and result.json, and say what comes next."""
-    labels, layout = picture_labels(names)
-    save_grid(sample(model, labels, label="samples"), folder / "samples.png", **layout)
-    made_by = {"stage": "pretrain", "method": "retrain" if excluded else "original", **made_by}
-    save_checkpoint(folder / "model.pt", model, half=preset == "small", info=dict(
-        dataset=args.dataset, names=names, preset=preset, forgotten=excluded, made_by=made_by))
-    write_json(folder / "result.json", {**made_by, "args": vars(args), "protocol": {
-        "sampler": "ddim", "sampler_steps": 50, "guidance": 2.0, "sampling_seed": 0}})
-    script = "attack.py" if excluded else f"unlearn.py --method dimum --cls {names[0][0]!r} --ckpt"
-    print(f"wrote {folder}/model.pt and samples.png\n"
-          f"next: python {script} {shlex.quote(str(folder))}{data_words(args)}")
+def finish(folder, model, info, args, command, **result):
+    """Save the model and result.json of a stage; say what was written and what to run next."""
+    save_checkpoint(folder / "model.pt", model, info)
+    result = {**info["made_by"], "dataset": info["dataset"], **result, "args": vars(args)}
+    write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    written = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if args.data_dir != "data":
+        command = [*command, "--data-dir", Path(args.data_dir).as_posix()]
+    print(f"wrote {', '.join(written)} into {folder}\nnext: python {shlex.join(command)}")
 
-def train(args, preset, settings, device):
-    """Pretrain from the first step, or with --resume from the saved state; save everything."""
-    images, y, names = load_data(args.dataset, "train", args.data_dir, device, args.image_size)
-    excluded = find_pairs(args, names, "exclude-")
-    keep = ~matches(y, excluded)
-    images, y = images[keep], y[keep]
-    require(len(y), "nothing is left to train on; exclude fewer values")
-    settings.update(dataset=args.dataset, preset=preset, seed=args.seed, excluded=excluded)
-    what = f"pretrain-without-{pairs_slug(excluded)}" if excluded else "pretrain"
-    base = Path(args.out or Path("runs", args.dataset, what)).expanduser()
-    folder = base if args.resume else run_folder(base)
-
+def train(args, images, y, names, excluded, folder):
+    """Pretrain from the first step, or with --resume from the saved state. Returns (EMA model,
+    settings and seconds)."""
+    settings = {k: vars(args)[k] for k in ("dataset", "preset", "seed", *PRETRAIN[args.preset])}
+    settings["excluded"], state = excluded, folder / "train.pt"
     torch.manual_seed(args.seed)
-    model = UNet(make_config(preset, images.shape[2], images.shape[1], [len(n) for n in names]))
-    model = model.to(device, memory_format=torch.channels_last)
+    cfg = make_config(args.preset, images.shape[2], images.shape[1], [len(n) for n in names])
+    model = UNet(cfg).to(images.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if args.compile:
         model.compile()
-    optimizer = torch.optim.Adam(model.parameters(), settings["lr"], fused=True)
-    parts, state = dict(model=model, ema=ema, optimizer=optimizer), folder / "train.pt"
-    steps, start, before = settings["steps"], 0, 0.0
-    losses = torch.zeros(steps, device=device)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    parts, start, seconds = dict(model=model, ema=ema, optimizer=optimizer), 0, 0.0
+    losses = torch.zeros(args.steps, device=images.device)
     if args.resume and state.is_file():
-        start, before = load_state(state, settings, losses, parts)
-    print(f"{args.dataset}: {len(images)} images {tuple(images.shape[1:])}, network {preset} with "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, into {folder}")
-
-    labels, layout = picture_labels(names)
-    flip = args.dataset == "cifar10"
-    training = pretrain(model, ema, optimizer, images, y, settings, flip, start)
-    began = saved = time.time()
-    for step in progress(training, "pretrain", steps, start, losses):
-        # at a step whose loss `progress` has checked
-        if step % 50 == 0 and step < steps and time.time() - saved > SAVE_SECONDS:
-            save_state(state, step, settings, losses, before + time.time() - began, parts)
-            save_grid(sample(ema, labels, 20), folder / "samples.png", **layout)
+        done, seconds = load_state(state, settings, parts)
+        start, losses[:len(done)] = len(done), done
+    print(f"{args.dataset}: {len(images)} images {tuple(images.shape[1:])}, network {args.preset}, "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {start}, into {folder}")
+    flip, (labels, layout) = args.dataset == "cifar10", picture_labels(names)
+    training = pretrain(model, ema, optimizer, images, y, args, flip, start)
+    saved, began = time.time(), time.time() - seconds
+    for step, loss in enumerate(progress(training, "pretrain", args.steps, start), start + 1):
+        losses[step - 1] = loss
+        if step == args.steps or step % 50 == 0 and time.time() - saved > SAVE_SECONDS:
+            require(loss.isfinite(), "the training diverged; give another --batch-size")
+            seconds = round(time.time() - began, 1)
+            save_state(state, settings, losses[:step].cpu(), seconds, parts)
+            images = sample(ema, labels[:args.samples], args.sampler_steps, label="samples")
+            save_grid(images, folder / "samples.png", **layout)
             saved = time.time()
-    seconds = round(before + time.time() - began, 1)
-    write_losses(folder, losses.cpu(), f"{args.dataset} pretraining")
-    finish(folder, ema, args, preset, names, excluded, {**settings, "seconds": seconds})
-    save_state(state, steps, settings, losses, seconds, parts)     # last: now it is "finished"
+    write_losses(folder, losses, f"{args.dataset} pretraining")
+    return ema, {**settings, "seconds": seconds}
 
 def main():
-    parser = make_parser(__doc__)
+    parser = stage_parser(__doc__, "pretrain")
     flag = parser.add_argument
-    dataset_flag(flag)
-    data_flags(parser, "pretrain")
-    step_flags(parser)
     flag("--resume", action="store_true", help="go on with the run in its folder")
     flag("--image-size", type=int, choices=(32, 64, 128), default=64, help="of a folder (64)")
     flag("--preset", choices=PRESETS, help="the network; default small, paper for cifar10")
     flag("--exclude-cls", nargs="+", metavar="K", help="classes never to be seen")
     flag("--exclude-style", nargs="+", metavar="K", help="styles never to be seen")
-    flag("--import", dest="public", metavar="FILE", help="convert a public checkpoint")
+    flag("--import", dest="public", metavar="FILE", help="convert a public CIFAR-10 checkpoint")
+    flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
     args = parser.parse_args()
-    device, args.dataset = pick_device(args.device), args.dataset or "shapes"
-    preset = args.preset or ("paper" if args.dataset == "cifar10" else "small")
-    settings = override(PRETRAIN[preset], args, "steps", "batch_size")
-    if args.dataset == "fashion" and preset == "small" and args.steps is None:
-        settings["steps"] = FASHION_STEPS
-    if not args.public:
-        return train(args, preset, settings, device)
-    require(args.dataset == "cifar10", "--import converts CIFAR-10 networks; add --dataset cifar10")
-    model = import_public(args.public).to(device, memory_format=torch.channels_last)
-    folder = run_folder(args.out or Path("runs", "cifar10", "import"))
-    finish(folder, model, args, "paper", [CIFAR10], [], {"steps": 0, "from_public": args.public})
+    device = pick_device(args.device)
+    fill(args, dataset="cifar10" if args.public else "shapes")
+    fill(args, preset="paper" if args.dataset == "cifar10" else "small")
+    if args.dataset == "fashion" and args.preset == "small":
+        fill(args, steps=FASHION_STEPS)
+    fill(args, **PRETRAIN[args.preset], sampler_steps=50)
+    if args.public:
+        model, names, excluded, made_by = import_public(args.public).to(device), [CIFAR10], [], {}
+        folder = run_folder(args.out or "runs/cifar10/import")
+    else:
+        images, y, names = load_data(args.dataset, "train", args.data_dir, device, args.image_size)
+        excluded = find_pairs(args, names, "exclude_")
+        keep = ~matches(y, excluded)
+        require(keep.any(), "nothing is left to train on; exclude fewer values")
+        what = f"pretrain-without-{pairs_slug(excluded)}" if excluded else "pretrain"
+        folder = Path(args.out or Path("runs", args.dataset, what)).expanduser()
+        folder = folder if args.resume else run_folder(folder)
+        model, made_by = train(args, images[keep], y[keep], names, excluded, folder)
+    made_by = {"stage": "pretrain", "method": "retrain" if excluded else "original", **made_by}
+    info = dict(dataset=args.dataset, names=names, preset=args.preset, forgotten=excluded,
+                made_by=made_by)
+    kept = next(str(v) if n.isdigit() else n for v, n in enumerate(names[0]) if (0, v) not in excluded)
+    command = ["unlearn.py", "--method", "dimum", "--cls", kept, "--ckpt", folder.as_posix()]
+    finish(folder, model, info, args, ["attack.py", folder.as_posix()] if excluded else command)
 
 if __name__ == "__main__":
     run(main)

@@ -13,18 +13,16 @@ the forgotten label and c' its substitute; l(D) is the diffusion loss, the mean 
 """
 import copy
 import math
-import shlex
 from pathlib import Path
 
 import torch
 
-from fid import evaluator, fid_text, follow, percent, save_before_after
-from model import (FACTORS, T, add_noise, antithetic_times, checkpoint_file, diffusion_loss,
+from fid import evaluator, follow, save_before_after
+from model import (FACTORS, add_noise, antithetic_times, checkpoint_file, diffusion_loss,
                    drop_labels, explain, find_pairs, find_value, guided_output, load_checkpoint,
-                   make_parser, matches, number, pairs_slug, pairs_text, pick_device, require, run,
-                   run_folder, sample, save_checkpoint, save_plot, shipped, to_uint8, write_json)
-from train_ddpm import (data_flags, data_words, dataset_flag, get_batch, load_data, override,
-                        read_image, step_flags, write_losses)
+                   matches, number, pairs_slug, pairs_text, require, run, run_folder, sample,
+                   save_plot, shipped, T, to_uint8)
+from train_ddpm import (fill, finish, get_batch, load_run, read_image, stage_parser, write_losses)
 
 class Data:
     """What a run forgets and keeps, as random batches: x (n, C, H, W) in [-1, 1], labels y (n, F).
@@ -32,18 +30,17 @@ class Data:
     forget: the (factor, value) pairs to forget now; earlier: those that the model has forgotten
     before, of which no image is ever drawn.
     """
-
-    def __init__(self, images, y, names, forget, earlier, args, flip=False):
+    def __init__(self, images, y, names, forget, earlier, args):
         self.forget_pairs, self.all_pairs = forget, sorted({*forget, *earlier})
         to_retain, to_forget = ~matches(y, self.all_pairs), matches(y, forget) & ~matches(y, earlier)
         self.retain_set = images[to_retain], y[to_retain]
         self.forget_set = images[to_forget], y[to_forget]
+        require(to_forget.any() and to_retain.any(), "there is no image to forget, or none to "
+                "retain; forget fewer values")
         self.substitutes = substitutes(names, forget, self.all_pairs, args.alternative)
         self.alternative_set = alternative_set(self, args)
-        self.n, self.flip = args.batch_size, flip
+        self.n, self.flip = args.batch_size, args.dataset == "cifar10"
         self.pixels = images[0].numel()        # C*H*W: the public code sums over pixels
-        require(len(self.forget_set[1]) and len(self.retain_set[1]),
-                "there is no image to forget, or none to retain; forget fewer values")
 
     def retain(self):
         return get_batch(*self.retain_set, self.n, self.flip)
@@ -279,15 +276,15 @@ METHODS = {
 
 def substitutes(names, forget, forgotten, spec):
     """{(factor, value): c'} for all that is forgotten: the first value after it, (c_f + 1) mod K
-    as in SalUn, that is not forgotten itself; for the pairs to forget now the K of spec
-    "class:K"."""
+    as in SalUn, that is not forgotten itself; for the pairs to forget now the K of "class:K"."""
     found, (kind, _, what) = {}, spec.partition(":")
-    require(not what or kind != "class" or len({factor for factor, _ in forget}) == 1,
-            f"--alternative {spec} fits one factor: forget class and style one after the other")
+    chosen = forget if kind == "class" and what else []
+    require(len({factor for factor, _ in chosen}) < 2, f"--alternative {spec} fits one factor: "
+            "forget class and style one after the other")
     for factor, value in forgotten:
         free = [v for v in range(len(names[factor])) if (factor, v) not in forgotten]
         found[factor, value] = next((v for v in free if v > value), free[0])
-        if kind == "class" and what and (factor, value) in forget:
+        if (factor, value) in chosen:
             found[factor, value] = find_value(what, names[factor], "--alternative class:")
             require(found[factor, value] in free, f"--alternative {spec} is forgotten itself; take "
                     f"another, such as class:{free[0]}")
@@ -299,52 +296,51 @@ def alternative_set(data, args):
 
     args.alternative: "class" or "class:K" (images of c'; that the style stays as it is is our
     reading of the paper), "mix" (all retained images), "image:PATH" (one picture) or "noise"; what
-    was forgotten earlier has "class". args.alt_size: a fixed random subset of so many images for
-    each.
+    was forgotten earlier has "class". args.alt_size: a random subset of so many images for each.
     """
     sets = []
     for factor, value in data.all_pairs:
         images, y = data.retain_set
         spec = args.alternative if (factor, value) in data.forget_pairs else "class"
         kind, _, what = spec.partition(":")
+        require(kind in ("class", "image", "noise", "mix"), f"--alternative {spec} is not class:K, "
+                "mix, image:PATH or noise")
         if kind == "class":
             same = y[:, factor] == data.substitutes[factor, value]
             images, y = images[same], y[same]
         elif kind == "image":
             with explain(f"--alternative {spec} cannot be read; give the path of a picture"):
-                picture = read_image(what, images.shape[2], "L" if images.shape[1] == 1 else "RGB")
+                mode = "L" if images.shape[1] == 1 else "RGB"
+                picture = read_image(Path(what).expanduser(), images.shape[2], mode)
             y = torch.unique(y, dim=0)
             images = picture.to(y.device).expand(len(y), -1, -1, -1)
         elif kind == "noise":
             images = torch.randint(0, 256, images[:1000].shape, dtype=torch.uint8, device=y.device)
             y = y[torch.randint(len(y), (len(images),), device=y.device)]
-        else:
-            require(kind == "mix", f"--alternative {spec} is not class:K, mix, image:PATH or noise")
         require(len(y), f"--alternative {spec} has no images; choose another")
+        index = torch.arange(len(y))
         if args.alt_size and args.alt_size < len(y):
-            index = torch.randperm(len(y), device=y.device)[:args.alt_size]
-            images, y = images[index], y[index]
-        y = y.clone()
+            index = torch.randperm(len(y))[:args.alt_size]
+        y = y[index].clone()
         y[:, factor] = value
-        sets.append((images, y))
+        sets.append((images[index], y))
     return [torch.cat(part) for part in zip(*sets)]
 
 # ---- stage 2 -------------------------------------------------------------------------------------
 
 def find_model(args):
-    """The checkpoint to unlearn in: --ckpt, else the finished pretraining here, else the shipped
-    one."""
+    """The checkpoint to unlearn in: --ckpt, else the pretraining here, else the shipped model."""
     dataset = args.dataset or "shapes"
     trained, ours = Path("runs", dataset, "pretrain", "model.pt"), shipped(f"{dataset}.pt")
     if args.ckpt:
         return checkpoint_file(args.ckpt)
-    if trained.is_file() and ours.is_file():
-        steps = [load_checkpoint(path)[1]["made_by"]["steps"] for path in (trained, ours)]
-        require(steps[0] >= steps[1], f"{trained} was trained for {steps[0]} steps, {ours} for "
-                f"{steps[1]}; say which you mean: --ckpt {trained} or --ckpt {ours}")
-    require(trained.is_file() or ours.is_file(), f"there is no {dataset} model yet; run 'python "
-            f"train_ddpm.py --dataset {dataset}' first, or name one with --ckpt")
-    return trained if trained.is_file() else ours
+    found = [path for path in (trained, ours) if path.is_file()]
+    require(found, f"there is no {dataset} model yet; run 'python train_ddpm.py --dataset {dataset}'"
+            " first, or name one with --ckpt")
+    steps = [load_checkpoint(path)[1]["made_by"]["steps"] for path in found]
+    require(steps[0] >= steps[-1], f"{trained} was trained for {steps[0]} steps, {ours} for "
+            f"{steps[-1]}; say which you mean: --ckpt {trained.as_posix()} or --ckpt {ours.as_posix()}")
+    return found[0]
 
 def check_forget(forget, info, path):
     """One line where there is nothing to forget, nothing would be left, or it is forgotten
@@ -365,65 +361,42 @@ def cosine(steps, optimizer, total):
         yield loss
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
 
-def show(before, after, args):
-    """The table of metrics before and after."""
-    for name, title in {"ua": "UA", "cls": "retained class", "style": "retained style"}.items():
-        if name in after:
-            print(f"{title:<15} {percent(before, name):>23} -> {percent(after, name)}")
-    print(f"{'FID of retained':<15} {fid_text(before):>23} -> {fid_text(after)}")
-    if len(after["ua_of"]) > 1:
-        print("UA of each: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in after["ua_of"].items()))
-    if after["none"] > 0.05:
-        print(f"{100 * after['none']:.0f} % of what should be forgotten shows no class or no style")
-    print(f"({after['forget_samples']} + {after['retain_samples']} samples, {args.sampler_steps} "
-          f"DDIM steps, guidance 2, seed {args.seed}; 95 % intervals; FID on classifier features, "
-          "with its standard error)")
-
 def parse():
-    parser = make_parser(__doc__)
+    parser = stage_parser(__doc__, "<method>-cls1")
     flag = parser.add_argument
     flag("--method", choices=[*METHODS, "sfront"], default="dimum", help="default dimum")
     flag("--cls", nargs="+", metavar="K", help="classes to forget, by name or number")
     flag("--style", nargs="+", metavar="K", help="styles to forget")
     flag("--ckpt", metavar="MODEL", help="default: the pretraining in runs/, or the shipped model")
-    flag("--lambda", dest="weight", type=number(float, 0, 1e9), metavar="X", help="its lambda, alpha, eta")
+    flag("--lr", type=number(float, 0, 10), help="learning rate; default by method and preset")
+    flag("--lambda", dest="weight", type=number(float, 0, 1e9), metavar="X",
+         help="the method's weight: lambda, alpha, eta")
     flag("--alternative", default="class", metavar="WHAT", help="c': class:K, also for styles "
          "(default: the next value); for DiMUM also mix, image:PATH or noise")
     flag("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N images of each")
-    flag("--samples", type=number(int, 1, 10 ** 6), default=240, help="a third forgotten (240)")
-    flag("--sampler-steps", type=number(int, 1, T), default=20, help="DDIM steps (default 20)")
     flag("--eval-every", type=number(int, 1), metavar="N", help="UA and FID every N steps")
-    flag("--lr", type=number(float, 0, 10), help="learning rate; default by method and preset")
-    dataset_flag(flag)
-    data_flags(parser, "<method>-cls1")
-    step_flags(parser)
-    args = parser.parse_args()
-    args.method = args.method.replace("sfront", "sfron")           # the paper writes Sfront
-    return args
+    flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
+    return parser.parse_args()
 
 def main():
     args = parse()
-    device, path = pick_device(args.device), find_model(args)
-    model, info = load_checkpoint(path, device)
-    require(args.dataset in (None, info["dataset"]), f"{path} draws {info['dataset']}: leave "
-            "--dataset out, or name another model with --ckpt")
-    names, forget, size = info["names"], find_pairs(args, info["names"]), model.cfg.image_size
+    args.method = args.method.replace("sfront", "sfron")               # the paper writes Sfront
+    path = find_model(args)
+    model, info, images, y = load_run(path, args)
+    names, forget = info["names"], find_pairs(args, info["names"])
     check_forget(forget, info, path)
     method, small, paper = METHODS[args.method]
-    keys = "steps", "batch_size", "lr", "weight"
-    usual = dict(zip(keys, small if info["preset"] == "small" else paper))
-    settings = override(usual, args, *keys)
-    vars(args).update(settings, dataset=info["dataset"])
+    usual = small if info["preset"] == "small" else paper
+    settings = fill(args, **dict(zip(("steps", "batch_size", "lr", "weight"), usual)))
+    fill(args, samples=240, sampler_steps=20)
     print(f"{args.method}: forget {pairs_text(forget, names)} in {path}; {args.steps} steps, "
           f"{args.batch_size} images a term, lr {args.lr:g}, weight {args.weight:g}")
 
-    images, y, found = load_data(args.dataset, "train", args.data_dir, device, size)
-    require(found == names, f"{path} knows other names than '{args.data_dir}': give --data-dir")
     earlier = [pair for pair in info["forgotten"] if pair not in forget]
-    forgotten, flip = sorted({*forget, *earlier}), args.dataset == "cifar10"
-    measure, protocol = evaluator(info, images, y, forgotten, forgotten, args, device)
+    forgotten = sorted({*forget, *earlier})
+    measure, protocol = evaluator(info, images, y, forgotten, forgotten, args, "ua")
     torch.manual_seed(args.seed)
-    data = Data(images, y, names, forget, earlier, args, flip)
+    data = Data(images, y, names, forget, earlier, args)
     slug = f"{args.method}-{pairs_slug(forget)}" + (f"-after-{path.parent.name}" if earlier else "")
     folder = run_folder(args.out or Path("runs", args.dataset, slug))
     if args.compile:
@@ -432,32 +405,19 @@ def main():
     steps = method(model.train(), data, optimizer, args)
     if info["preset"] == "small":
         steps = cosine(steps, optimizer, args.steps)
-    before, images_before, labels = measure(model, label="before")
-    curve = [{"step": 0, **before}]
-
-    def look(step):
-        curve.append({"step": step, **measure(model, label=f"step {step}")[0]})
-
-    losses, seconds = follow(steps, args.method, args.steps, args.eval_every, look, device)
-    after, images_after, _ = measure(model, label="after")
-    curve.append({"step": args.steps, **after})
-
+    curve, losses, seconds, pictures, y = follow(model, steps, args.method, args, measure,
+                                                 args.eval_every, retained=True)
+    if len(forgotten) > 1:
+        print("UA of each:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in curve[-1]["ua_of"].items()))
+    write_losses(folder, losses, args.method)
+    save_before_after(folder / "samples.png", names, forgotten, y, pictures)
+    if args.eval_every:
+        fids = [p["step"] for p in curve], [p["fid"] or 0 for p in curve]
+        save_plot(folder / "fid.png", {args.method: fids}, "FID of retained conditions", "step")
     made_by = {"stage": "unlearn", "method": args.method, "from": str(path), "seed": args.seed,
                "alternative": args.alternative, "alt_size": args.alt_size, **settings}
-    write_losses(folder, losses, args.method)
-    save_before_after(folder / "samples.png", names, forgotten, labels, images_before, images_after)
-    info.update(forgotten=forgotten, made_by=made_by)
-    save_checkpoint(folder / "model.pt", model, info)
-    if args.eval_every:
-        series = [p["step"] for p in curve], [p["fid"] or 0 for p in curve]
-        save_plot(folder / "fid.png", {args.method: series}, "FID of retained conditions", "step")
-    write_json(folder / "result.json", {
-        **made_by, "dataset": args.dataset, "forget": pairs_text(forget, names), "seconds": seconds,
-        "before": before, "after": after, "curve": curve if args.eval_every else [],
-        "protocol": protocol, "args": vars(args)})
-    show(before, after, args)
-    print(f"wrote {folder}/model.pt, result.json, samples.png; {seconds:.0f} s of unlearning\n"
-          f"next: python attack.py {shlex.quote(str(folder))}{data_words(args)}")
+    finish(folder, model, {**info, "forgotten": forgotten, "made_by": made_by}, args,
+           ["attack.py", folder.as_posix()], forget=pairs_text(forget, names), seconds=seconds, curve=curve, protocol=protocol)
 
 if __name__ == "__main__":
     run(main)
