@@ -49,21 +49,21 @@ def dimra(model, images, y, steps, batch_size, lr, p_drop=0.1, flip=False):
         optimizer.step()
         yield loss.detach()
 
-# Steps, batch size, learning rate. paper: our reading of its setting. small: the strongest found on
-# shapes against SFRon. embedding: for inversion.
-DEFAULTS = {"paper": (5000, 128, 1e-4), "small": (300, 32, 1e-3), "embedding": (200, 16, 0.05)}
+DEFAULTS = {
+    "paper": dict(steps=5000, batch_size=128, lr=1e-4),        # our reading of its setting
+    "small": dict(steps=300, batch_size=32, lr=1e-3),  # the strongest found on shapes against SFRon
+    "embedding": dict(steps=200, batch_size=16, lr=0.05),      # for inversion
+}
 
 # ---- the attacker's data -------------------------------------------------------------------------
 
 def auxiliary_set(aux, model, info, train, forgotten, data_dir):
-    """Images uint8 (N, C, H, W) and labels (N, F) on the model's device, with nothing of
-    `forgotten`.
+    """Images uint8 (N, C, H, W) and labels (N, F) on the model's device, nothing of `forgotten`.
 
     aux: "retain" (of `train`, the training images and labels), "heldout" (the test split),
-    "generated" (500 samples of the model under attack), "pretrained" (of the model that was
-    unlearned in), or a folder. Outside the rules: "inversion:K", K training images of the forgotten
-    conditions, in turn, and "fewshot:K", these repeated until they are half of all, beside the
-    retained ones.
+    "generated" (500 samples of the model under attack), "pretrained" (of the model first unlearned
+    in), or a folder. Outside the rules: "inversion:K", K training images of the forgotten
+    conditions, in turn; "fewshot:K", these repeated to be half of all, beside the retained ones.
     """
     device, (images, y), (kind, _, k) = model.null.device, train, aux.partition(":")
     keep = ~matches(y, forgotten)
@@ -78,8 +78,10 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
         index = index.repeat(math.ceil(int(keep.sum()) / len(index)))
         return torch.cat([images[keep], shots[index]]), torch.cat([y[keep], labels[index]])
     if aux in ("generated", "pretrained"):
-        if aux == "pretrained":
-            model = load_checkpoint(first_model(info), device)[0]
+        require(aux == "generated" or "from" in info["made_by"],
+                "--aux pretrained: this model was not unlearned from another one")
+        while aux == "pretrained" and "from" in info["made_by"]:
+            model, info = load_checkpoint(info["made_by"]["from"], device)
         y = all_labels(info["names"]).to(device)
         y = y[~matches(y, forgotten)]
         y = y.repeat_interleave(math.ceil(500 / len(y)), 0)
@@ -92,20 +94,12 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
     require(keep.any(), f"--aux {aux} holds no image but of what was forgotten; choose another")
     return images[keep], y[keep]
 
-def first_model(info):
-    """The path of the model that was first unlearned in."""
-    path = None
-    while "from" in info["made_by"]:
-        path = Path(info["made_by"]["from"])
-        info = load_checkpoint(path)[1]
-    require(path, "--aux pretrained: this model was not unlearned from another one")
-    return path
-
 def read_folder(folder, model, names, forgotten):
     """Images below a folder, at the model's size, labelled by the names of the folders on the way;
     one that these do not label in every factor gets the null label. No image below the name of a
     forgotten value is used, whatever else its folders say."""
-    folder, null, images, labels, skipped = Path(folder).expanduser(), model.null.tolist(), [], [], 0
+    folder, images, labels, skipped = Path(folder).expanduser(), [], [], 0
+    null, mode = model.null.tolist(), "L" if model.cfg.channels == 1 else "RGB"
     hidden = {names[f][v].lower() for f, v in forgotten}
     for path in find_images(folder):
         parts = [part.lower() for part in path.relative_to(folder).parts[:-1]]
@@ -113,13 +107,11 @@ def read_folder(folder, model, names, forgotten):
             skipped += 1
             continue
         with explain(f"{path} is not a readable image; remove it"):
-            mode = "L" if model.cfg.channels == 1 else "RGB"
             images.append(read_image(path, model.cfg.image_size, mode))
         found = [[i for i, name in enumerate(values) if name.lower() in parts] for values in names]
         labels.append([values[0] for values in found] if all(found) else null)
     require(images, f"--aux {folder} is not retain, heldout, generated, pretrained, fewshot:K, "
-            f"inversion:K or a folder with images of something else than was forgotten ({skipped} "
-            "of that)")
+            f"inversion:K or a folder with images of what is not forgotten ({skipped} are of that)")
     print(f"{folder}: {len(images)} auxiliary images, {labels.count(null)} of them below no known "
           f"label; {skipped} left out, below the name of what was forgotten")
     return torch.stack(images).to(model.null.device), torch.tensor(labels).to(model.null.device)
@@ -154,64 +146,66 @@ def read_groups(folder):
     return list(groups.values())
 
 def half_life(curve):
-    """The first point of an attack with AR above 50 %, or None."""
-    return next((p["step"] for p in curve if p["ar"] > 0.5), None)
+    """The first point of an attack with AR above 50 %, or "-"."""
+    return next((str(p["step"]) for p in curve if p["ar"] > 0.5), "-")
 
 def table_row(runs):
     """{column: text} of the runs of a group."""
     r, first, last = runs[0], [r["curve"][0] for r in runs], [r["curve"][-1] for r in runs]
     fids = [fid_text(m[0]) if len(m) == 1 or m[0]["fid"] is None else
             f"{statistics.fmean(p['fid'] for p in m):.1f}" for m in (first, last)]
-    row = {"method": r["method"], "forgets": r["forget"]}
+    row, attack = {"method": r["method"], "forgets": r["forget"]}, r["stage"] == "attack"
     for title, keys in {"unlearning": SETTINGS, "attack": ATTACK}.items():
         row[title] = " ".join(f"{k.removeprefix('attack_')} {r[k]}" for k in keys if r.get(k))
-    row.update({"runs": len(runs), "seconds": f"{statistics.fmean(r['seconds'] for r in runs):.0f}",
-                "UA": mean(last, "ua"), "class": mean(last, "cls"), "style": mean(last, "style"),
-                "FID": " -> ".join(fids), "AR": "", "half-life": ""})
+    row["runs"] = len(runs)
+    row["seconds"] = f"{statistics.fmean(r['seconds'] for r in runs):.0f}"
+    row["UA"] = "" if attack else mean(last, "ua")
+    row["class"], row["style"] = mean(last, "cls"), mean(last, "style")
+    row["FID"] = " -> ".join(fids)
+    row["AR"] = mean(last, "ar") if attack else ""
+    row["half-life"] = ", ".join(half_life(r["curve"]) for r in runs) if attack else ""
     row["none"] = mean(last, "none") if max(p["none"] for p in last) > 0.05 else ""
-    if r["stage"] == "attack":
-        row.update({"UA": "", "AR": mean(last, "ar"), "half-life": ", ".join(
-            str(half_life(r["curve"])).replace("None", "-") for r in runs)})
     return row
 
 def make_table(folder):
     """A row for every group of results into table.md, the AR curves into attack_curves.png."""
-    groups, curves, folder = read_groups(folder), {}, Path(folder).expanduser()
+    folder, curves = Path(folder).expanduser(), {}
+    groups = read_groups(folder)
     require(groups, f"no results under {folder}; run 'python unlearn.py --cls 1' first")
     rows = [table_row(runs) for runs in groups]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in row.values()] for row in rows)]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
-        "\n\nShares in %: the mean (lowest..highest run), or one run's [95 % interval]; FID before and "
-        "after; half-life: the first point with AR above 50 %, run by run.\n")
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + (
+        "\n\nShares in %: the mean (lowest..highest run), or one run's [95 % interval]; FID before "
+        "and after; half-life: the first point with AR above 50 %, run by run.\n")
     write_text(folder / "table.md", text)
-    for runs in (runs for runs in groups if runs[0]["stage"] == "attack"):
-        heights = list(zip(*([p["ar"] for p in r["curve"]] for r in runs)))
-        r, bands = runs[0], [list(map(f, heights)) for f in (statistics.fmean, min, max)]
-        name = f"{r['method']} {r['forget']} {r.get('steps')} x {r.get('lr')}; {r['aux']}"
-        name += f" ({len(curves)})" if name in curves else ""
-        curves[name] = [p["step"] for p in r["curve"]], *bands
+    for runs in groups:
+        r = runs[0]
+        if r["stage"] == "attack":
+            heights = list(zip(*([p["ar"] for p in run["curve"]] for run in runs)))
+            bands = [list(map(f, heights)) for f in (statistics.fmean, min, max)]
+            name = f"{r['method']} {r['forget']} {r.get('steps')} x {r.get('lr')}; {r['aux']}"
+            name += f" ({len(curves)})" if name in curves else ""
+            curves[name] = [p["step"] for p in r["curve"]], *bands
     if curves:
         save_plot(folder / "attack_curves.png", curves, "AR under attack", "attack step", 1)
     print(f"{text}\nwrote {folder}/table.md" + (" and attack_curves.png" if curves else ""))
 
 # ---- stage 3 -------------------------------------------------------------------------------------
 
-def parse():
+def main():
     parser = stage_parser(__doc__, "attack-<run>-<aux>")
     flag = parser.add_argument
     flag("run", nargs="?", metavar="RUN", help="a run folder of unlearn.py, or a checkpoint")
     flag("--aux", default="retain", help="the attacker's data: retain (default), heldout, "
          "generated, pretrained, a folder, fewshot:K or inversion:K")
     flag("--lr", type=number(float, 0, 10), help="learning rate; default by preset")
-    flag("--every", type=number(int, 1), metavar="N", help="steps from point to point; a quarter")
+    flag("--every", nargs="+", type=number(int, 1), metavar="N", help="measure every N steps, or at "
+         "several; default four times")
     flag("--cls", nargs="+", metavar="K", help="count these, not all that was forgotten")
     flag("--style", nargs="+", metavar="K", help="the same for styles")
     flag("--table", metavar="DIR", help="gather every result under DIR and stop")
     flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
-    return parser.parse_args()
-
-def main():
-    args = parse()
+    args = parser.parse_args()
     if args.table:
         return make_table(args.table)
     require(args.run, "name what to attack, such as runs/shapes/dimum-cls1; or see --help")
@@ -221,9 +215,8 @@ def main():
     count = find_pairs(args, names) or info["forgotten"]
     require(count, f"{path} has forgotten nothing; say what to count, such as --cls {names[0][0]}")
     forgotten = sorted({*count, *info["forgotten"]})
-    usual = DEFAULTS["embedding" if inversion else info["preset"]]
-    settings = fill(args, **dict(zip(("steps", "batch_size", "lr"), usual)))
-    fill(args, samples=120, sampler_steps=20, every=max(1, args.steps // 4))
+    settings = fill(args, **DEFAULTS["embedding" if inversion else info["preset"]])
+    fill(args, samples=120, sampler_steps=20, every=[max(1, args.steps // 4)])
 
     measure, protocol = evaluator(info, *train, forgotten, count, args, "ar")
     torch.manual_seed(args.seed)
@@ -251,10 +244,11 @@ def main():
         tmp, "GIF", save_all=True, append_images=frames[1:], duration=700, loop=0))
     series = tuple([p[k] for p in curve] for k in ("step", "ar", "ar_low", "ar_high"))
     save_plot(folder / "curve.png", {"AR": series}, f"DiMRA on {name}, aux {aux}", "attack step", 1)
-    made_by = {**made_by, "stage": "attack", "aux": args.aux, "attack_seed": args.seed,
-               **{f"attack_{k}": v for k, v in settings.items()}, "from": str(path)}
-    finish(folder, model, {**info, "made_by": made_by}, args,
-           ["attack.py", "--table", folder.parent.as_posix()], forget=pairs_text(count, names), seconds=seconds, curve=curve, protocol=protocol)
+    settings = {f"attack_{k}": v for k, v in settings.items()}
+    info["made_by"] = {**made_by, "stage": "attack", "aux": args.aux, "attack_seed": args.seed,
+                       **settings, "from": str(path)}
+    finish(folder, model, info, args, ["attack.py", "--table", folder.parent.as_posix()],
+           forget=pairs_text(count, names), seconds=seconds, curve=curve, protocol=protocol)
 
 if __name__ == "__main__":
     run(main)

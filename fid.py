@@ -10,7 +10,9 @@ REAL and FAKE are each a folder of images, a checkpoint or run folder (samples a
 or "train" or "test" (real images). FID uses InceptionV3 for two folders, else the features of the
 data's own classifier, which know what matters there. The two are never comparable.
 """
+import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torchvision.ops import Conv2dNormActivation
 
-from model import (FACTORS, all_labels, autocast, checkpoint_file, explain, load_checkpoint,
-                   load_file, matches, pairs_text, pick_device, progress, require, run, run_folder,
-                   sample, save_file, save_grid, shipped, to_uint8, uses_bf16, write_text)
-from train_ddpm import (fill, find_images, folder_key, get_batch, json, load_data, picture_labels,
+from model import (FACTORS, all_labels, autocast, explain, load_checkpoint, load_file, matches,
+                   pairs_text, pick_device, progress, require, run, run_folder, sample, save_file,
+                   save_grid, shipped, to_uint8, uses_bf16, write_text)
+from train_ddpm import (fill, find_images, folder_key, get_batch, load_data, picture_labels,
                         read_image, stage_parser)
 
 NOISE_SEED = 1234       # of all evaluations: all points of all curves start from the same noise
@@ -42,8 +45,9 @@ def evaluator(info, images, y, forgotten, count, args, main):
     names, device, keep = info["names"], images.device, ~matches(y, forgotten)
     judge, accuracy = load_classifier(args, device, names, images.shape[2])
     real, _ = balanced(images[keep], y[keep], 4500)
-    reference = judge_features(judge, real)
-    cells, others = all_labels(names), [pair for pair in forgotten if pair not in count]
+    reference = moments(judge_features(judge, real)) if len(real) > 1 else None
+    cells = all_labels(names)
+    others = [pair for pair in forgotten if pair not in count]
     forget = repeat(cells[matches(cells, count) & ~matches(cells, others)], args.samples / 3)
     retain = repeat(cells[~matches(cells, forgotten)], args.samples * 2 / 3)
 
@@ -55,14 +59,14 @@ def evaluator(info, images, y, forgotten, count, args, main):
         print(f"step {step:>5}: {score_text(metrics, main)}", flush=True)
         return metrics, to_uint8(x), y
 
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{torch.get_num_threads()} threads of a {device.type}"
+    threads = f"{torch.get_num_threads()} threads of a {device.type}"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     return measure, {
         "dataset": info["dataset"], "classes": [len(n) for n in names], "samples": args.samples,
         "real_images": len(real), "real_split": "train", "sampler": "ddim", "guidance": 2.0,
         "sampler_steps": args.sampler_steps, "noise_seed": NOISE_SEED, "seed": args.seed,
         "fid_features": "classifier", "classifier_test_accuracy": accuracy,
-        "machine": where + (", bf16" if uses_bf16(device) else ", float32")}
+        "machine": f"{machine}, {'bf16' if uses_bf16(device) else 'float32'}"}
 
 def repeat(cells, n):
     """About n labels, equally many of each of the cells (N, F)."""
@@ -83,24 +87,25 @@ def score(images, y, judge, names, count, reference):
     none: the share of these in which the judge recognises no class or no style at all.
     cls, style: the share of the retained samples whose class, whose style is recognised
     (UnlearnCanvas, Zhang et al. 2402.11846: IRA for the factor unlearned in, CRA for the other).
-    fid, fid_error: the retained samples against reference features (M, D), and its standard error.
+    fid, fid_error: the retained samples against the reference (`moments`), and its standard error.
     """
     seen, forget = predict(judge, images), matches(y, count)
-    hit, shown, result = seen == y, torch.zeros(len(y), dtype=torch.bool), {"ua_of": {}}
-    for factor, value in count:
-        asked = y[:, factor] == value
-        shown |= hit[:, factor] & asked
-        result["ua_of"][pairs_text([(factor, value)], names)] = share(~hit[asked, factor])[0]
-    none = (seen == torch.tensor([len(n) for n in names])).any(1)
-    retained = {FACTORS[factor]: hit[~forget, factor] for factor in range(len(names))}
-    groups = {"ua": ~shown[forget], "ar": shown[forget], "none": none[forget], **retained}
+    hit, none = seen == y, (seen == torch.tensor([len(n) for n in names])).any(1)
+
+    def shown(pairs):
+        """Of the samples with one of the pairs: is a value that was asked for recognised?"""
+        return matches(torch.where(hit, y, -1), pairs)[matches(y, pairs)]
+
+    groups = {"ua": ~shown(count), "ar": shown(count), "none": none[forget],
+              **dict(zip(FACTORS, hit[~forget].T))}
+    result = {"ua_of": {pairs_text([pair], names): share(~shown([pair]))[0] for pair in count},
+              "forget_samples": int(forget.sum()), "retain_samples": int((~forget).sum()),
+              "fid": None, "fid_error": None}
     for name, hits in groups.items():
-        result[name], result[f"{name}_low"], result[f"{name}_high"] = share(hits)
-    result.update(forget_samples=int(forget.sum()), retain_samples=int((~forget).sum()))
-    result["fid"], result["fid_error"] = None, None
-    if min(len(reference), result["retain_samples"]) > 1:
+        result.update(zip((name, f"{name}_low", f"{name}_high"), share(hits)))
+    if reference and result["retain_samples"] > 1:
         features = judge_features(judge, images[~forget])
-        result["fid"] = frechet_distance(reference, features)
+        result["fid"] = frechet_distance(reference, moments(features))
         result["fid_error"] = fid_error(reference, features)
     return result
 
@@ -108,8 +113,8 @@ def share(hits):
     """(share, low, high) of a bool tensor, with its 95 % Wilson interval; Nones if it is empty."""
     if not len(hits):
         return None, None, None
-    interval = scipy.stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, "wilson")
-    return hits.double().mean().item(), interval.low, interval.high
+    test = scipy.stats.binomtest(int(hits.sum()), len(hits))
+    return test.statistic, *test.proportion_ci(0.95, "wilson")
 
 def percent(metrics, name):
     """"97.5 [94, 99]", in %, for a share in metrics, or "-"."""
@@ -124,64 +129,69 @@ def fid_text(metrics):
 def score_text(metrics, main):
     """One line: main, what was retained where it was drawn, and "none" above 5 %."""
     titles = {main: main.upper(), "cls": "class", "style": "style", "none": "none"}
-    wanted = [k for k in titles if metrics.get(k) is not None and (k != "none" or metrics[k] > 0.05)]
-    words = [f"{titles[k]} {percent(metrics, k)} %" for k in wanted]
-    return "   ".join(words + [f"FID {fid_text(metrics)}"] * (metrics["fid"] is not None))
+    line = "   ".join(f"{title} {percent(metrics, k)} %" for k, title in titles.items()
+                      if metrics.get(k) is not None and (k != "none" or metrics[k] > 0.05))
+    return line if metrics["fid"] is None else f"{line}   FID {fid_text(metrics)}"
 
-def follow(model, steps, label, args, measure, every, retained):
+def follow(model, steps, label, args, measure, when, retained):
     """Take args.steps of a generator of losses, measuring before, after and, if retained with the
-    retained conditions, each `every` steps. Returns (the points, losses (steps,), the seconds of the
-    steps alone, the images of each point, the labels of the first and the last)."""
-    losses, seconds = torch.zeros(args.steps, device=model.null.device), 0.0
-    points, began = [measure(model, 0)], time.time()
+    retained conditions, every N steps for `when` [N] or at several steps. Returns (metrics of each
+    point, losses (steps,), the seconds of the steps alone, images of each point, the labels of the
+    first and the last)."""
+    when = range(0, args.steps, when[0]) if len(when) == 1 else when
+    losses, points = torch.zeros(args.steps, device=model.null.device), [measure(model, 0)]
+    began, paused = time.time(), 0.0
     for step, loss in enumerate(progress(steps, label, args.steps), 1):
         losses[step - 1] = loss
-        if every and step % every == 0 and step < args.steps:
+        if step in when and step < args.steps:
             losses.cpu()                               # waits for a GPU
-            seconds += time.time() - began
+            pause = time.time()
             points.append(measure(model, step, retained))
-            began = time.time()
+            paused += time.time() - pause
     losses = losses.cpu()
-    seconds += time.time() - began
-    points.append(measure(model, args.steps))
-    (*_, point), pictures, labels = zip(*points)
-    print(f"({point['forget_samples']} + {point['retain_samples']} samples, {args.sampler_steps} "
-          f"DDIM steps, guidance 2, seed {args.seed}; 95 % intervals; FID on classifier features, "
-          f"with its standard error; {seconds:.0f} s of training)")
-    return [p for p, _, _ in points], losses, round(seconds, 1), pictures, labels[0]
+    seconds = time.time() - began - paused
+    curve, pictures, labels = zip(*points, measure(model, args.steps))
+    print(f"({curve[0]['forget_samples']} + {curve[0]['retain_samples']} samples, "
+          f"{args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}; 95 % intervals; FID on "
+          f"classifier features, with its standard error; {seconds:.0f} s of training)")
+    return list(curve), losses, round(seconds, 1), pictures, labels[0]
 
 def save_before_after(path, names, forgotten, y, pictures):
     """The first and the last of pictures (N, C, H, W), for labels y (N, F), one above the other."""
     wanted, layout = picture_labels(names, forgotten)
-    index, used = [], {}
+    white, used, index = torch.full_like(pictures[0][:1], 255), Counter(), []
     for label in map(tuple, wanted.tolist()):          # one that was not sampled stays white
         same = (y == torch.tensor(label)).all(1).nonzero().flatten().tolist() or [-1]
-        used[label] = used.get(label, -1) + 1
         index.append(same[used[label] % len(same)])
-    white = torch.full_like(pictures[0][:1], 255)
-    before, after = (torch.cat([pictures[i], white]) for i in (0, -1))
+        used[label] += 1
+    before, after = (torch.cat([pictures[i], white])[index] for i in (0, -1))
     layout["rows"] = [f"{when} {row}" for when in ("before", "after") for row in layout["rows"]]
-    save_grid(torch.cat([before[index], after[index]]), path, **layout)
+    save_grid(torch.cat([before, after]), path, **layout)
 
 # ---- Frechet distance, precision and recall ------------------------------------------------------
 
+def moments(features):
+    """Mean (D,) and covariance (D, D) of features (N, D), in float64."""
+    features = np.asarray(features, np.float64)
+    return features.mean(0), np.cov(features, rowvar=False)
+
 def frechet_distance(real, fake):
-    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of features (N, D) and (M, D), Heusel
-    et al. 1706.08500. The trace of the root is the sum of the roots of the eigenvalues of
-    cov1^(1/2) cov2 cov1^(1/2): two symmetric decompositions, faster than a matrix root, and never
-    complex."""
-    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
-    cov1, cov2 = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of two sets' moments, Heusel et al.
+    1706.08500. The root's trace is the sum of the roots of the eigenvalues of the symmetric
+    cov1^(1/2) cov2 cov1^(1/2): faster than a matrix root, and never complex."""
+    (mu1, cov1), (mu2, cov2) = real, fake
     values, vectors = np.linalg.eigh(cov1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
-    means = np.square(real.mean(0) - fake.mean(0)).sum()
+    means = np.square(mu1 - mu2).sum()
     return max(0.0, float(means + np.trace(cov1) + np.trace(cov2) - 2 * cross))
 
 def fid_error(real, fake, resamples=20):
-    """The FID's standard error: its spread over bootstrap resamples of the fake features (M, D)."""
-    rng, n = np.random.default_rng(0), len(fake)
-    again = [frechet_distance(real, fake[rng.integers(n, size=n)]) for _ in range(resamples)]
+    """The FID's standard error: its spread over bootstrap resamples of the fake features (M, D),
+    against the real ones' moments."""
+    rng, n, again = np.random.default_rng(0), len(fake), []
+    for _ in range(resamples):
+        again.append(frechet_distance(real, moments(fake[rng.integers(n, size=n)])))
     return float(np.std(again, ddof=1))
 
 def precision_recall(real, fake, k=3, most=2000):
@@ -206,10 +216,9 @@ def inception(device):
     """pytorch-fid's InceptionV3: features (N, 2048) of images (N, 3, 299, 299) in [-1, 1].
 
     It is torchvision's with 1,008 outputs, except that the pooling branches leave the padding out
-    of their averages and that the last block takes the maximum. The weights are downloaded once,
-    and their checksum is verified.
+    of their averages and that the last block takes the maximum. The weights are downloaded once.
     """
-    with explain("Inception's weights cannot be loaded; add --features classifier, or put them into "
+    with explain("Inception's weights cannot be loaded; add --features classifier, or put them in "
                  f"{Path(torch.hub.get_dir(), 'checkpoints').as_posix()} from {INCEPTION_URL}"):
         state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu",
                                                    check_hash=True, weights_only=True)
@@ -217,16 +226,15 @@ def inception(device):
                                               init_weights=False)
         net.load_state_dict(state)
 
-    def repool(block, **pooling):
+    def repool(block, pool, **options):
         kept = {}
-        pool = F.max_pool2d if not pooling else F.avg_pool2d
         block.register_forward_pre_hook(lambda _, args: kept.update(x=args[0]))
         block.branch_pool.register_forward_pre_hook(
-            lambda _, args: (pool(kept.pop("x"), 3, 1, 1, **pooling),))
+            lambda _, args: (pool(kept.pop("x"), 3, 1, 1, **options),))
 
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-        repool(getattr(net, f"Mixed_{name}"), count_include_pad=False)
-    repool(net.Mixed_7c)
+        repool(getattr(net, f"Mixed_{name}"), F.avg_pool2d, count_include_pad=False)
+    repool(net.Mixed_7c, F.max_pool2d)
     net.fc = nn.Identity()
     return net.to(device).eval()
 
@@ -237,17 +245,14 @@ CLASSIFIERS = {"shapes": (24, 3000), "fashion": (32, 1500), "cifar10": (64, 8000
 class Classifier(nn.Module):
     """A small CNN that names class and style: x (B, C, size, size) in [-1, 1] -> a list of logits
     per factor, whose last entry is "none": without it noise must be called something.
-    `features(x)` (B, 4 * width) are what it knows of an image before naming it: the FID
-    features."""
+    `features(x)` (B, 4 * width) are what it knows of an image before naming it: for the FID."""
     def __init__(self, channels, classes, width, size=32):
         super().__init__()
         self.args = dict(channels=channels, classes=list(classes), width=width, size=size)
-        w, layers = width, []
-        for c_in, c_out, stride in ((channels, w, size // 32), (w, 2 * w, 2), (2 * w, 2 * w, 1),
-                                    (2 * w, 4 * w, 2), (4 * w, 4 * w, 1), (4 * w, 4 * w, 2)):
-            conv = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-            layers.append(nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU()))
-        self.body = nn.Sequential(*layers)
+        w = width
+        layers = ((channels, w, size // 32), (w, 2 * w, 2), (2 * w, 2 * w, 1),  # in, out, stride
+                  (2 * w, 4 * w, 2), (4 * w, 4 * w, 1), (4 * w, 4 * w, 2))
+        self.body = nn.Sequential(*(Conv2dNormActivation(a, b, 3, s) for a, b, s in layers))
         self.embed = nn.Sequential(nn.Flatten(), nn.Linear(64 * w, 4 * w), nn.ReLU())
         self.heads = nn.ModuleList(nn.Linear(4 * w, n + 1) for n in classes)
 
@@ -298,7 +303,7 @@ def garbage(x):
 
 def augment(x):
     """x (n, C, H, W) as a damaged model may still draw it: enlarged or shrunk, turned, shifted,
-    blurred, recoloured, pale or saturated, with a colour cast, blotches and noise. All of it must be
+    blurred, recoloured, pale or saturated, with a colour cast, blotches and noise. It must still be
     recognised: what a picture shows has not been forgotten, and what comes back is seldom clean."""
     n, c, h, w = x.shape
     scale, turn = 2 ** uniform(-0.7, 0.8, x), uniform(-0.2, 0.2, x)
@@ -337,8 +342,8 @@ def classifier_steps(net, images, y, steps, batch_size, lr=3e-3, flip=False):
         yield loss.detach()
 
 def train_classifier(folder, args, device, size, steps=None, batch_size=128):
-    """Train on the train split and save into `folder`: model.pt, and samples.png with test images
-    that it gets wrong. Returns (classifier, accuracy on the test split: a list per factor)."""
+    """Train on the train split; save model.pt and samples.png (test images that it gets wrong) into
+    `folder`. Returns (classifier, accuracy on the test split: a list per factor)."""
     images, y, names = load_data(args.dataset, "train", args.data_dir, device, size)
     x, labels, _ = load_data(args.dataset, "test", args.data_dir, size=size)
     require(len(x), f"'{args.data_dir}' has one picture of each class, too few for a classifier")
@@ -347,10 +352,9 @@ def train_classifier(folder, args, device, size, steps=None, batch_size=128):
     torch.manual_seed(args.seed)
     net = Classifier(images.shape[1], [len(n) for n in names], width, images.shape[2])
     net = net.to(device, memory_format=torch.channels_last)
-    print(f"classifier of {args.dataset}: {len(images)} images, {steps} steps at batch {batch_size}")
+    print(f"classifier of {args.dataset}: {len(images)} images, {steps} steps, batch {batch_size}")
     training = classifier_steps(net, images, y, steps, batch_size, flip=args.dataset == "cifar10")
-    for loss in progress(training, "classifier", steps):
-        pass
+    list(progress(training, "classifier", steps))
     hit = predict(net.eval(), x) == labels
     accuracy, wrong = hit.double().mean(0).tolist(), (~hit).any(1).nonzero()[:40, 0]
     save_grid(x[wrong] if len(wrong) else x[:40], folder / "samples.png", columns=10)
@@ -370,46 +374,45 @@ def data_key(args):
 def load_classifier(args, device, names, size=32):
     """(classifier, its test accuracy): the newest one trained here for these names, size and
     folder, else the shipped one, else it is trained now."""
-    paths = list(Path("runs", args.dataset).glob("classifier*/model.pt"))
-    paths.sort(key=lambda path: -path.stat().st_mtime)
-    wanted = names, size, data_key(args)
+    runs, key = Path("runs", args.dataset), data_key(args)
+    paths = sorted(runs.glob("classifier*/model.pt"), key=lambda path: -path.stat().st_mtime)
     for path in filter(Path.is_file, [*paths, shipped(f"{args.dataset}_classifier.pt")]):
         data = load_file(path, "classifier")
-        if (data["names"], data["args"]["size"], data["key"]) == wanted:
+        if (data["names"], data["args"]["size"], data["key"]) == (names, size, key):
             net = Classifier(**data["args"]).to(device, memory_format=torch.channels_last)
             net.load_state_dict(data["weights"])
             return net.eval(), data["accuracy"]
         print(f"{path} knows other {args.dataset} data: not used")
-    return train_classifier(run_folder(Path("runs", args.dataset, "classifier")), args, device, size)
+    return train_classifier(run_folder(runs / "classifier"), args, device, size)
 
 # ---- command line --------------------------------------------------------------------------------
 
 def images_from(source, args, device):
-    """(paths or uint8 images, labels or None, how they came) of folder, checkpoint, train or
-    test."""
+    """(paths or uint8 images, labels or None, how they came) of REAL or FAKE."""
+    folder, steps, seed = Path(source).expanduser(), args.sampler_steps, args.seed
     if source in ("train", "test"):
         x, y, _ = load_data(args.dataset, source, args.data_dir, size=args.image_size)
         return *balanced(x, y, args.samples), f"{args.dataset} {source} split"
-    if Path(source).expanduser().is_dir() and not checkpoint_file(source).is_file():
-        return find_images(Path(source).expanduser()), None, "folder"
+    if folder.is_dir() and not (folder / "model.pt").is_file():
+        return find_images(folder), None, "folder"
     model, info = load_checkpoint(source, device)
-    require(info["dataset"] == args.dataset, f"{source} draws {info['dataset']}; add --dataset "
-            f"{info['dataset']}")
+    made = info["dataset"]
+    require(made == args.dataset, f"{source} draws {made}; add --dataset {made}")
     y, args.image_size = repeat(all_labels(info["names"]), args.samples), model.cfg.image_size
-    x = sample(model, y, args.sampler_steps, seed=args.seed, label="samples")
-    return to_uint8(x).cpu(), y, f"samples, {args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}"
+    x = to_uint8(sample(model, y, steps, seed=seed, label="samples")).cpu()
+    return x, y, f"samples, {steps} DDIM steps, guidance 2, seed {seed}"
 
 @torch.inference_mode()
 def features_of(images, network, device, label, size, mode, resize):
-    """Features (N, D) of paths or uint8 images, batch by batch: they are never all in memory. resize:
-    as pytorch-fid does, each by itself, bilinear without antialiasing."""
+    """Features (N, D) of paths or uint8 images, batch by batch: they are never all in memory.
+    resize: as pytorch-fid does, each by itself, bilinear without antialiasing."""
     def prepare(image):
         if isinstance(image, Path):
             with explain(f"{image} is not a readable image; remove it"):
                 image = read_image(image, None if resize else size, mode)
         x = image[None].float() / 127.5 - 1
         x = x.mean(1, keepdim=True) if mode == "L" else x.expand(-1, 3, -1, -1)
-        return F.interpolate(x, (size, size), mode="bilinear") if x.shape[-2:] != (size, size) else x
+        return F.interpolate(x, (size, size), mode="bilinear")
 
     batches = [images[i:i + 50] for i in range(0, len(images), 50)]
     prepared = (torch.cat([prepare(image) for image in batch]) for batch in batches)
@@ -440,27 +443,27 @@ def main():
     if kind == "inception":
         network, how = inception(device), (299, "RGB", True)
     else:
-        size = args.image_size if args.dataset == "folder" else 32
-        names = load_data(args.dataset, "test", args.data_dir, size=size)[2]
-        judge, accuracy = load_classifier(args, device, names, size)
-        network, how = judge.features, (size, "L" if judge.args["channels"] == 1 else "RGB", False)
+        x, _, names = load_data(args.dataset, "test", args.data_dir, size=args.image_size)
+        judge, accuracy = load_classifier(args, device, names, x.shape[2])
+        network, how = judge.features, (x.shape[2], "L" if x.shape[1] == 1 else "RGB", False)
         for name, hit in zip(FACTORS, () if y is None else (predict(judge, fake) == y).T):
             result.update(zip((name, f"{name}_low", f"{name}_high"), share(hit)))
             print(f"{name} recognised: {percent(result, name)} %")
     f1 = features_of(real, network, device, "real", *how).numpy()
     f2 = features_of(fake, network, device, "fake", *how).numpy()
-    result["fid"] = frechet_distance(f1, f2)
+    reference = moments(f1)
+    result["fid"] = frechet_distance(reference, moments(f2))
     print(f"FID ({kind} features): {result['fid']:.3f}", flush=True)
     result["precision"], result["recall"] = precision_recall(f1, f2)
-    result["fid_error"] = fid_error(f1, f2)
+    result["fid_error"] = fid_error(reference, f2)
     print(f"standard error {result['fid_error']:.3f}, precision {result['precision']:.3f}, recall "
           f"{result['recall']:.3f}\nreal: {len(real)}, {real_how}; fake: {len(fake)}, {fake_how}")
     result["protocol"] = {"real": real_how, "real_images": len(real), "fake": fake_how,
                           "fake_images": len(fake), "fid_features": kind, "precision_subset": 2000,
                           "classifier_test_accuracy": accuracy}
     folder = run_folder(args.out or Path("runs", args.dataset, "fid"))
-    shown = [x[i * len(x) // 20] for x in (real, fake) for i in range(20)]
-    shown = torch.cat([features_of([x], nn.Identity(), "cpu", None, 64, "RGB", False) for x in shown])
+    rows = [[x[i * len(x) // 20] for i in range(20)] for x in (real, fake)]
+    shown = features_of(sum(rows, []), nn.Identity(), "cpu", None, 64, "RGB", False)
     save_grid(shown, folder / "samples.png", columns=20, scale=1)
     write_text(folder / "result.json", json.dumps({**result, "args": vars(args)}, indent=1))
     print(f"wrote {folder}/result.json and samples.png (above: real, below: fake)")

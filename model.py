@@ -17,6 +17,7 @@ import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -51,11 +52,9 @@ def drop_labels(y, model, p=0.1):
     return torch.where(drop, model.null, y)
 
 def diffusion_loss(model, x0, y, p_drop=0.1):
-    """Each example's loss (B,): the mean over pixels of (target - network)^2 at a random time.
-
-    x0 (B, C, H, W) in [-1, 1], y (B, F); labels are dropped with probability p_drop. Source: DDPM
-    equation 14; Salimans & Ho 2202.00512 for v. (The public unlearning code sums over pixels.)
-    """
+    """Each example's loss (B,): the mean over pixels of (target - network)^2 at a random time, for
+    x0 (B, C, H, W) in [-1, 1] and y (B, F), whose rows are dropped with probability p_drop. Source:
+    DDPM equation 14, Salimans & Ho 2202.00512 for v. (The public unlearning code sums pixels.)"""
     t = antithetic_times(len(x0), x0.device)
     x_t, target = add_noise(model, x0, t, torch.randn_like(x0))
     return (model(x_t, t, drop_labels(y, model, p_drop)) - target).square().mean((1, 2, 3))
@@ -76,15 +75,14 @@ def split_output(model, out, x_t, a):
     return (x_t - (1 - a) ** 0.5 * out) / a ** 0.5, out
 
 def ddpm_posterior():
-    """The coefficients of x_0 and of x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM equation 7),
-    for every t: float64 (T,)."""
+    """Factors of x_0 and x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM equation 7): each (T,)."""
     betas, a = linear_schedule()
-    a_prev = torch.cat([torch.ones(1, dtype=torch.float64), a[:-1]])
+    a_prev = F.pad(a[:-1], (1, 0), value=1.0)
     return a_prev.sqrt() * betas / (1 - a), (1 - betas).sqrt() * (1 - a_prev) / (1 - a)
 
-def ddpm_sample(model, x, y, guidance, randn):
-    """x_0 by DDPM's T ancestral steps from noise x; randn() draws more like it. The variance is
-    beta_t ("fixedlarge") and x_0 is clamped to [-1, 1], as in the public code."""
+def ddpm_sample(model, x, y, guidance, generator):
+    """x_0 by DDPM's T ancestral steps from noise x. The variance is beta_t ("fixedlarge") and x_0
+    is clamped to [-1, 1], as in the public code."""
     betas, a = (s.tolist() for s in linear_schedule())
     coef_x0, coef_xt = (s.tolist() for s in ddpm_posterior())
     for t in reversed(range(T)):
@@ -92,7 +90,8 @@ def ddpm_sample(model, x, y, guidance, randn):
         x0, _ = split_output(model, out, x, a[t])
         x = coef_x0[t] * x0.clamp(-1, 1) + coef_xt[t] * x
         if t > 0:
-            x = x + betas[t] ** 0.5 * randn()
+            noise = torch.randn(x.shape, generator=generator, device=x.device)
+            x = x + betas[t] ** 0.5 * noise
     return x
 
 def ddim_sample(model, x, y, guidance, steps):
@@ -111,19 +110,17 @@ def sample(model, y, steps=50, sampler="ddim", guidance=2.0, seed=0, batch=50, l
     """Images (B, C, H, W) in [-1, 1] for labels y (B, F); `steps` is for "ddim" only; `label`
     shows progress. Image i depends on seed and i, not on other labels: two models asked with one
     seed start from the same noise."""
-    device, size, training = model.null.device, model.cfg.image_size, model.training
-    generator, images = torch.Generator(device).manual_seed(seed), []
+    device, size, training, images = model.null.device, model.cfg.image_size, model.training, []
+    generator, batches = torch.Generator(device).manual_seed(seed), y.to(device).split(batch)
     model.eval()
-    for labels in progress(y.to(device).split(batch), label, math.ceil(len(y) / batch)):
-        def randn():
-            x = torch.randn(len(labels), model.cfg.channels, size, size, generator=generator,
-                            device=device)
-            return x.contiguous(memory_format=torch.channels_last)
-
+    for labels in progress(batches, label, len(batches)):
+        shape = len(labels), model.cfg.channels, size, size
+        x = torch.randn(shape, generator=generator, device=device)
+        x = x.contiguous(memory_format=torch.channels_last)
         if sampler == "ddim":
-            x = ddim_sample(model, randn(), labels, guidance, steps)
+            x = ddim_sample(model, x, labels, guidance, steps)
         else:
-            x = ddpm_sample(model, randn(), labels, guidance, randn)
+            x = ddpm_sample(model, x, labels, guidance, generator)
         images.append(x.clamp(-1, 1).contiguous())
     model.train(training)
     return torch.cat(images)
@@ -154,8 +151,7 @@ PRESETS = {
 }
 
 def make_config(preset, image_size, channels, classes):
-    """The preset for such images and numbers of label values; doubling 32 x 32 adds a
-    resolution."""
+    """The preset for such images and numbers of values; doubling 32 x 32 adds a resolution."""
     cfg = PRESETS[preset]
     mult = cfg.mult + cfg.mult[-1:] * int(math.log2(image_size // 32))
     return replace(cfg, image_size=image_size, channels=channels, classes=tuple(classes), mult=mult)
@@ -209,9 +205,8 @@ def mlp(c_in, c_out):
 class UNet(nn.Module):
     """eps or v (B, C, H, W) from x_t (B, C, H, W), times t (B,) in 0..T-1 and labels y (B, F).
 
-    Source: DDPM's network, conditioned as in the public SalUn code (DDPM/models/diffusion.py):
-    time and label embedding each pass an MLP and are concatenated; several factors' MLPs are
-    summed.
+    Source: DDPM's network, conditioned as in the public SalUn code (DDPM/models/diffusion.py): time
+    and label embedding pass an MLP each and are concatenated; several factors' MLPs are summed.
     """
     def __init__(self, cfg):
         super().__init__()
@@ -229,7 +224,7 @@ class UNet(nn.Module):
             leave = nn.Conv2d(c_out, c_out, 3, stride=2) if i < last else None
             ins = [c] + [c_out] * (cfg.blocks - 1)
             down.append(Level(ins, c_out, 2 * d, cfg.image_size >> i, leave, cfg))
-            skips += [c_out] * cfg.blocks + ([c_out] if i < last else [])
+            skips += [c_out] * (cfg.blocks if i == last else cfg.blocks + 1)
             c = c_out
         self.down = nn.ModuleList(down)
         self.mid_block1, self.mid_attn = ResBlock(c, c, 2 * d, cfg), Attention(c, cfg)
@@ -247,37 +242,34 @@ class UNet(nn.Module):
         self.register_buffer("null", torch.tensor(cfg.classes), persistent=False)
 
     def forward(self, x, t, y):
-        with autocast(x.device):                   # weights, losses and samplers stay float32
-            return self.network(x, t, y).float()
-
-    def network(self, x, t, y):
         half = self.cfg.width // 2
         freqs = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=x.device))
         angles = t.float()[:, None] * freqs
-        time_emb = self.time_mlp(torch.cat([angles.sin(), angles.cos()], 1))
-        tables = zip(self.label_mlps, self.label_embs)
-        label_emb = sum(mlp(emb(y[:, i])) for i, (mlp, emb) in enumerate(tables))
-        emb = F.silu(torch.cat([time_emb, label_emb], 1))
+        with autocast(x.device):                   # weights, losses and samplers stay float32
+            emb = self.time_mlp(torch.cat([angles.sin(), angles.cos()], 1))
+            tables = enumerate(zip(self.label_mlps, self.label_embs))
+            label_emb = sum(mlp(table(y[:, i])) for i, (mlp, table) in tables)
+            emb = F.silu(torch.cat([emb, label_emb], 1))
 
-        h = self.conv_in(x)
-        skips = [h]
-        for level in self.down:
-            for block, attn in zip(level.blocks, level.attns):
-                h = attn(block(h, emb))
-                skips.append(h)
-            if level.resample is not None:
-                h = level.resample(F.pad(h, (0, 1, 0, 1)))   # right and bottom, as the reference
-                skips.append(h)
-        h = self.mid_block2(self.mid_attn(self.mid_block1(h, emb)), emb)
-        for level in reversed(self.up):
-            for block, attn in zip(level.blocks, level.attns):
-                h = attn(block(torch.cat([h, skips.pop()], 1), emb))
-            if level.resample is not None:
-                h = level.resample(F.interpolate(h, scale_factor=2, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = self.conv_in(x)
+            skips = [h]
+            for level in self.down:
+                for block, attn in zip(level.blocks, level.attns):
+                    h = attn(block(h, emb))
+                    skips.append(h)
+                if level.resample is not None:
+                    h = level.resample(F.pad(h, (0, 1, 0, 1)))     # right and bottom, as in SalUn
+                    skips.append(h)
+            h = self.mid_block2(self.mid_attn(self.mid_block1(h, emb)), emb)
+            for level in reversed(self.up):
+                for block, attn in zip(level.blocks, level.attns):
+                    h = attn(block(torch.cat([h, skips.pop()], 1), emb))
+                if level.resample is not None:
+                    h = level.resample(F.interpolate(h, scale_factor=2, mode="nearest"))
+            return self.conv_out(F.silu(self.norm_out(h))).float()
 
 # bf16 only where the hardware multiplies it: elsewhere it is slower than float32
-CPU_FEATURES = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+CPU_FEATURES = getattr(torch.cpu, "get_capabilities", dict)()         # not in older PyTorch
 CPU_BF16 = bool(CPU_FEATURES.get("avx512_bf16") or CPU_FEATURES.get("amx_bf16"))
 
 def uses_bf16(device):
@@ -301,7 +293,6 @@ def load_checkpoint(path, device="cpu"):
     with explain(f"{path} does not fit this code; make it again"):
         model = UNet(UNetConfig(**info.pop("config")))
         model.load_state_dict({k: v.float() for k, v in info.pop("weights").items()})
-        info["forgotten"] = [(factor, value) for factor, value in info["forgotten"]]
     return model.to(device, memory_format=torch.channels_last).eval(), info
 
 def checkpoint_file(path):
@@ -311,8 +302,8 @@ def checkpoint_file(path):
 
 def shipped(name):
     """The path of a file in assets/, from the current folder if it lies below that."""
-    here, current = Path(__file__).resolve().parent, Path.cwd()
-    return (here.relative_to(current) if here.is_relative_to(current) else here) / "assets" / name
+    path = Path(__file__).resolve().parent / "assets" / name
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 def save_file(path, kind, data):
     write_file(path, lambda tmp: torch.save({**data, "kind": kind, "format": 2}, tmp))
@@ -346,7 +337,7 @@ def run_folder(base):
     """A folder for a run: `base`, or where that holds an earlier one base-2, base-3, ..."""
     folder, n = Path(base).expanduser(), 1
     with explain(f"cannot write into {base}; choose another folder with --out"):
-        while folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        while any(folder.glob("[!.]*")):               # a hidden file is what a kill left
             n += 1
             folder = Path(f"{Path(base).expanduser()}-{n}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -383,8 +374,9 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 
 def save_plot(path, series, title, xlabel, top=None):
     """A PNG line plot of {name: (xs, ys)} or {name: (xs, ys, lows, highs)}, which adds a band."""
-    x_max = max([1, *(x for s in series.values() for x in s[0])])
-    y_max = top or 1.05 * max([1e-9, *(y for s in series.values() for ys in s[1:] for y in ys)])
+    heights = chain(*(s[1:] for s in series.values()))
+    x_max = max(chain([1], *(s[0] for s in series.values())))
+    y_max = top or 1.05 * max(chain([1e-9], *heights))
     canvas = Image.new("RGB", (900, 420), "white")
     draw = ImageDraw.Draw(canvas, "RGBA")
 
@@ -392,7 +384,7 @@ def save_plot(path, series, title, xlabel, top=None):
         return [(60 + x / x_max * 540, 372 - y / y_max * 338) for x, y in zip(xs, ys)]
 
     for i in range(6):
-        (x, y), = line([x_max * i / 5], [y_max * i / 5])
+        x, y = 60 + 108 * i, 372 - 67.6 * i
         draw.line([(60, y), (600, y)], fill="#dddddd")
         draw.text((8, y - 6), f"{y_max * i / 5:.3g}", fill="black")
         draw.text((x - 10, 378), f"{x_max * i / 5:.0f}", fill="black")
@@ -421,8 +413,7 @@ def matches(y, pairs):
     return found
 
 def find_value(text, names, flag):
-    """The index of a value given by its name or, else, by its number; one line if it is neither, or
-    may be two."""
+    """The index of a value given by its name or number; fails if it is neither, or may be two."""
     exact = {i for i, n in enumerate(names) if n == text}
     named = exact or {i for i, n in enumerate(names) if n.lower() == text.lower()}
     found = named | {i for i in range(len(names)) if str(i) == text}
@@ -469,9 +460,8 @@ def explain(message):
         fail(f"{message} ({(str(e).splitlines() or [type(e).__name__])[0][:100]})")
 
 def run(main):
-    """main() on the command line: Ctrl-C, a closed pipe and a full memory end it without a traceback,
-    and a name that the terminal's encoding lacks does not end it."""
-    if hasattr(sys.stdout, "reconfigure"):             # a notebook's has no encoding
+    """main() on the command line: Ctrl-C, a closed pipe, a full GPU end it without a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):             # for names that the terminal cannot show
         sys.stdout.reconfigure(errors="replace", write_through=False)
     try:
         main()
@@ -502,15 +492,15 @@ def number(kind, low, high=math.inf):
 
 def pick_device(name):
     """A torch.device from "auto" (cuda, else mps, else cpu), "cpu", "cuda:1", ..."""
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = next(kind for kind, backend in backends.items() if backend.is_available())
     with explain(f"device '{name}' cannot be used here; try --device cpu"):
         return torch.zeros(1, device=name).device
 
 def progress(items, label, total, start=0):
-    """Go through items, the first of which is number `start`, showing rate and time left in one line
-    on a terminal, else now and then; an item that is a loss is shown, too. No label: silence."""
+    """Yield the items, after the first `start` of `total`; with a label show rate and time left, in
+    one line on a terminal, else now and then, and an item that is a loss."""
     began = shown = time.time()
     tty = sys.stdout.isatty()
     for n, item in enumerate(items, start + 1):
@@ -519,7 +509,8 @@ def progress(items, label, total, start=0):
         if label and now - shown > (0.5 if tty else max(5, (now - began) / 5)):
             shown, rate = now, (n - start) / (now - began)
             loss = "" if item.dim() else f"  loss {item.item():.4f}"
-            line = f"{label}: {n}/{total}{loss}  {rate:.1f}/s  {(total - n) / rate / 60:.1f} min left"
+            left = (total - n) / rate / 60
+            line = f"{label}: {n}/{total}{loss}  {rate:.1f}/s  {left:.1f} min left"
             print(f"\r{line:<79}" if tty else line, end="" if tty else "\n", flush=True)
     if label and tty:
         print("\r" + " " * 79 + "\r", end="", flush=True)

@@ -1,5 +1,6 @@
 """The behaviour that must hold, checked on a CPU: python -m pytest -q"""
 import gzip
+import io
 import itertools
 import json
 import multiprocessing
@@ -265,6 +266,32 @@ def test_a_folder_goes_through_all_stages_as_each_says(small, capsys):
     follow(capsys, LOOK)
     assert Path("home/my run/model.pt").is_file() and not Path("~").exists()
 
+def test_pictures_and_folders_as_users_have_them(capsys, monkeypatch):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype("uint16")
+    for end in "png tif tiff gif ppm jfif".split():
+        folder, kind = Path("set", "ab"[end in "gif ppm jfif"]), {"jfif": "JPEG"}.get(end)
+        picture = Image.fromarray(ramp if end in ("png", "tif") else (ramp // 256).astype("uint8"))
+        M.write_file(folder / f"1.{end}", lambda tmp: picture.save(tmp, kind or end.replace("tif", "tiff")[:4]))
+    Path("set/c").symlink_to("a"), Path("set/a/loop").symlink_to("../../set"), Path("set/notes.txt").touch()
+    x, y, names = train_ddpm.load_data("folder", "train", "set", size=32)
+    out = capsys.readouterr().out
+    assert "left out 1 files that are no images (.txt)" in out and names == [["a", "b", "c"]]
+    assert (x[:, 0].float() - torch.tensor(ramp // 256).float()).abs().max() <= 16     # JPEG, GIF
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)        # a decompression bomb
+    assert "not a readable image" in refused(capsys, run, fid, "set/a set/b --features classifier")
+    png("split/train/a/1.png", "red"), png("split/val/a/1.png", "red")
+    assert "divided into train, val" in refused(capsys, run, train_ddpm, "--dataset folder --data-dir split")
+
+def test_four_pictures_go_through_all_stages(small, capsys):
+    for i, name in enumerate("aabb"):
+        png(f"few/{name}/{i}.png", (60 * i, 9, 9))
+    data = f"--dataset folder --data-dir few --image-size 32 {QUICK}"
+    run(fid, f"{data} --train-classifier"), run(train_ddpm, data)
+    follow(capsys, LOOK), follow(capsys, LOOK), follow(capsys)
+    run(fid, f"test runs/folder/pretrain {data} --samples 4 --sampler-steps 1")
+    png("one/a/1.png", "red"), png("one/b/2.png", "blue")      # nothing can be held out
+    assert "too few" in refused(capsys, run, fid, "--dataset folder --data-dir one --train-classifier")
+
 def test_pretraining_warms_up_decays_and_averages():
     (x, y), net, ema, lrs = tiny_data(), new(), new(), []
     optimizer, expected = torch.optim.Adam(net.parameters(), 1.0), weights(ema)
@@ -508,10 +535,10 @@ def test_frechet_distance_its_error_precision_and_recall():
     a, b = (rng.normal(size=(200, 8)) @ rng.normal(size=(8, 8)) for _ in range(2))
     c1, c2, means = np.cov(a, rowvar=False), np.cov(b, rowvar=False), a.mean(0) - b.mean(0)
     reference = (means ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
-    assert fid.frechet_distance(a, b) == pytest.approx(reference, rel=1e-8)
-    assert fid.frechet_distance(a[:5], a[:5]) == pytest.approx(0, abs=1e-6)    # a singular covariance
-    real, draws = rng.normal(size=(4000, 4)), rng.normal(size=(40, 300, 4)) * 1.5
-    spread = np.std([fid.frechet_distance(real, x) for x in draws], ddof=1)
+    assert fid.frechet_distance(fid.moments(a), fid.moments(b)) == pytest.approx(reference, rel=1e-8)
+    assert fid.frechet_distance(*[fid.moments(a[:5])] * 2) == pytest.approx(0, abs=1e-6)    # a singular covariance
+    real, draws = fid.moments(rng.normal(size=(4000, 4))), rng.normal(size=(40, 300, 4)) * 1.5
+    spread = np.std([fid.frechet_distance(real, fid.moments(x)) for x in draws], ddof=1)
     assert 0.6 < np.mean([fid.fid_error(real, x) for x in draws[:10]]) / spread < 1.6
     a, b = rng.normal(size=(30, 3)), rng.normal(size=(25, 3)) * 0.3
     assert fid.precision_recall(a, b) == pytest.approx((covered(b, a), covered(a, b)))
@@ -535,15 +562,15 @@ def test_scores_count_what_they_say_for_counted_and_retained_conditions(monkeypa
     seen = y.clone()
     seen[0, 0], seen[1, 0], seen[4, 0], seen[5, 1] = 2, 4, 3, 0        # 4: no class is recognised
     monkeypatch.setattr(fid, "predict", lambda judge, images: seen)
-    one = fid.score(y, y, None, NAMES, [(0, 1)], reference=[])
+    one = fid.score(y, y, None, NAMES, [(0, 1)], reference=None)
     assert [one[k] for k in ("ua", "none", "cls", "style")] == pytest.approx([1 / 2, 1 / 4, 5 / 6, 5 / 6])
     assert [one["cls_low"], one["cls_high"]] == pytest.approx([0.4365, 0.9699], abs=1e-3)      # Wilson
-    both = fid.score(y, y, None, NAMES, [(0, 1), (1, 2)], reference=[])
+    both = fid.score(y, y, None, NAMES, [(0, 1), (1, 2)], reference=None)
     assert both["ua_of"] == pytest.approx({"cls b": 1 / 2, "style r": 0}) and both["retain_samples"] == 3
     assert (both["ua"], both["cls"]) == pytest.approx((2 / 7, 2 / 3))
     monkeypatch.setattr(fid, "sample", lambda model, y, *args, **how: torch.zeros(len(y), 1, 8, 8))
     monkeypatch.setattr(fid, "load_classifier", lambda *args: (None, 1.0))
-    monkeypatch.setattr(fid, "judge_features", lambda judge, images: images)
+    monkeypatch.setattr(fid, "judge_features", lambda judge, images: images.flatten(1).numpy())
     monkeypatch.setattr(fid, "score", lambda *args: {"fid": None})
     monkeypatch.setattr(fid, "score_text", lambda *args: "")
     both, args = [(0, 1), (1, 2)], SimpleNamespace(samples=12, sampler_steps=1, seed=0)
@@ -671,6 +698,21 @@ def test_the_stages_survive_a_kill_and_write_what_they_promise_and_forget_in_tur
     run(M, f"{both} --cls 1 --style flat neon --n 3 --png files --out pictures")
     assert len(list(Path("files").glob("*.png"))) == 6 and Path("pictures/samples.png").is_file()
 
+def test_output_and_devices_never_end_in_a_traceback(monkeypatch, capsys):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    M.run(lambda: print("cls \u732b, no newline", flush=True))
+    assert narrow.buffer.getvalue().startswith(b"cls ?")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())          # as in a notebook
+    M.run(lambda: print("\u732b"))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)      # but it is not here
+    assert "device 'mps' cannot be used here; try --device cpu" in refused(capsys, M.pick_device, "auto")
+    stopped = Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(SystemExit) as stop:
+        M.run(stopped)
+    assert stop.value.code == 130 and not re.search("fsync|fcntl|chmod|import signal|import resource", "".join(
+        path.read_text("utf-8") for path in HERE.glob("*.py") if path.name != "test_smoke.py"))
+
 def test_seconds_are_those_of_the_steps_alone(monkeypatch):
     def wait(seconds):
         clock[0] += seconds
@@ -681,7 +723,7 @@ def test_seconds_are_those_of_the_steps_alone(monkeypatch):
         return {"step": step, "retained": retained, "forget_samples": 1, "retain_samples": 1}, None, None
     clock, args = [0.0], SimpleNamespace(steps=4, sampler_steps=1, seed=0)
     monkeypatch.setattr(fid.time, "time", lambda: clock[0])
-    curve, losses, seconds, *_ = fid.follow(new(), (wait(1) for _ in range(4)), None, args, measure, 2, False)
+    curve, losses, seconds, *_ = fid.follow(new(), (wait(1) for _ in range(4)), None, args, measure, [2], False)
     assert seconds == 4.0 and losses.tolist() == [0.5] * 4 and clock[0] == 304
     assert [(p["step"], p["retained"]) for p in curve] == [(0, True), (2, False), (4, True)]
 

@@ -19,7 +19,7 @@ import os
 import re
 import shlex
 import time
-from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,9 @@ from PIL import Image, ImageOps
 from torchvision import datasets as tvd
 
 from model import (FACTORS, PRESETS, T, UNet, all_labels, diffusion_loss, explain, find_pairs,
-                   load_checkpoint, load_file, make_config, make_parser, matches, number, pairs_slug,
-                   pick_device, progress, require, run, run_folder, sample, save_checkpoint,
-                   save_file, save_grid, save_plot, write_file, write_text)
+                   load_checkpoint, load_file, make_config, make_parser, matches, number,
+                   pairs_slug, pick_device, progress, require, run, run_folder, sample,
+                   save_checkpoint, save_file, save_grid, save_plot, write_file, write_text)
 
 PRETRAIN = {
     # A high rate with cosine decay makes the most of few steps.
@@ -75,9 +75,9 @@ def pretrain(model, ema, optimizer, images, y, args, flip=False, start=0):
 
 def save_state(path, settings, losses, seconds, parts):
     """The whole training state after len(losses) steps; parts: {name: what has a state_dict}."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     save_file(path, "training", dict(
-        settings=settings, losses=losses, seconds=seconds, rng=torch.get_rng_state(), cuda_rng=cuda,
+        settings=settings, losses=losses, seconds=seconds, rng=torch.get_rng_state(),
+        cuda_rng=torch.cuda.get_rng_state_all(),               # [] without a GPU
         parts={name: part.state_dict() for name, part in parts.items()}))
 
 def load_state(path, settings, parts):
@@ -85,14 +85,14 @@ def load_state(path, settings, parts):
     state = load_file(path, "training")
     other = [f"{k} {v}" for k, v in state["settings"].items() if k != "steps" and settings[k] != v]
     require(not other, f"{path} belongs to a run with other settings: give {', '.join(other)}")
-    done, finished = len(state["losses"]), (path.parent / "model.pt").is_file()
-    require(done < settings["steps"] or done == settings["steps"] and not finished,
+    done = len(state["losses"])
+    finished = done == settings["steps"] and (path.parent / "model.pt").is_file()
+    require(done <= settings["steps"] and not finished,
             f"{path.parent} is finished; to train on, give more --steps than {done}")
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"])
     return state["losses"], state["seconds"]
 
 def write_losses(folder, losses, label):
@@ -100,18 +100,17 @@ def write_losses(folder, losses, label):
     every = max(1, len(losses) // 200)
     ys = [part.mean().item() for part in losses.cpu().split(every) if len(part)]
     xs = [min((i + 1) * every, len(losses)) for i in range(len(ys))]
-    write_text(folder / "log.csv", "".join(["step,loss\n", *(f"{x},{y}\n" for x, y in zip(xs, ys))]))
+    lines = ["step,loss", *(f"{x},{y}" for x, y in zip(xs, ys))]
+    write_text(folder / "log.csv", "\n".join(lines) + "\n")
     save_plot(folder / "loss.png", {"loss": (xs, ys)}, f"{label}: training loss", "step")
 
 # ---- the embedded dataset ------------------------------------------------------------------------
 
-SHAPES = ["circle", "square", "triangle", "cross", "diamond", "star", "crescent", "bar", "heart",
-          "ring"]
-STYLES = ["flat", "stripes", "dots", "sketch", "neon"]
+SHAPES = "circle square triangle cross diamond star crescent bar heart ring".split()
+STYLES = "flat stripes dots sketch neon".split()
 
 def shape_sdf(name, x, y):
-    """Signed distance (negative inside) of a shape of radius about 1 at points x, y; y points
-    up."""
+    """Signed distance (negative inside) of a shape of radius about 1 at points x, y (up)."""
     def box(w, h):
         return torch.maximum(x.abs() - w, y.abs() - h)
 
@@ -152,35 +151,35 @@ def hsv(h, s, v):
 
 def draw_shapes(per_cell, seed, size=32):
     """The embedded dataset: uint8 images (N, 3, size, size) and labels (N, 2), per_cell images of
-    each of 10 shapes x 5 styles from a seeded generator. Position, size, rotation and colours are
-    random; an edge is one pixel of coverage computed from the distance: antialiased."""
+    each of 10 shapes x 5 styles, of random position, size, rotation and colours. An edge is one
+    pixel of coverage computed from the distance: antialiased."""
     g, y, images = torch.Generator().manual_seed(seed), all_labels([SHAPES, STYLES]), []
     axis, cols = (torch.arange(size) + 0.5) / size * 2 - 1, torch.arange(size)[None, None, :]
 
     def uniform(lo, hi):
         return torch.rand(per_cell, 1, 1, generator=g) * (hi - lo) + lo
 
-    for c, s in y.tolist():
+    for shape, style in product(SHAPES, STYLES):
         cx, cy, r = uniform(-0.15, 0.15), uniform(-0.15, 0.15), uniform(0.6, 0.78)
         turn, hue, shift = uniform(-0.25, 0.25), uniform(0, 1), uniform(0.25, 0.75)
         px, py = axis[None, None, :] - cx, cy - axis[None, :, None]
         cos, sin = turn.cos(), turn.sin()
-        d = shape_sdf(SHAPES[c], (cos * px + sin * py) / r, (cos * py - sin * px) / r)
+        d = shape_sdf(shape, (cos * px + sin * py) / r, (cos * py - sin * px) / r)
         d = (d * r * size / 2)[:, None]                        # in pixels, (N, 1, H, W)
         inside = (0.5 - d).clamp(0, 1)
         bright, phase = hsv(hue, uniform(0.75, 1), uniform(0.85, 1)), uniform(0, 1)
         dull = hsv((hue + shift) % 1, uniform(0.3, 0.5), uniform(0.3, 0.5))
-        if STYLES[s] == "flat":
+        if style == "flat":
             image = inside * bright + (1 - inside) * dull
-        elif STYLES[s] == "stripes":           # diagonal, period 6 pixels
+        elif style == "stripes":               # diagonal, period 6 pixels
             wave = (((cols + cols.mT) / 6 + phase) % 1 - 0.5).abs()[:, None]
             lit = ((wave - 0.25) * 6 + 0.5).clamp(0, 1)
             image = inside * (lit * bright + (1 - lit) * 0.15) + (1 - inside) * dull
-        elif STYLES[s] == "dots":              # discs on a grid of 4 pixels, a pale tint, white
+        elif style == "dots":                  # discs on a grid of 4 pixels, a pale tint, white
             u = (cols + phase * 4) % 4 - 2
             lit = (1.6 - torch.hypot(u, u.mT)).clamp(0, 1)[:, None] * inside
             image = lit * bright + (1 - lit) * (1 - 0.3 * inside * (1 - bright))
-        elif STYLES[s] == "sketch":            # an ink line on paper
+        elif style == "sketch":                # an ink line on paper
             image = 0.97 - 0.87 * (1.3 - d.abs()).clamp(0, 1).expand(-1, 3, -1, -1)
         else:                                  # neon: a bright line and its glow on black
             line, glow = (1.5 - d.abs()).clamp(0, 1), 0.6 * torch.exp(-d.abs() / 2.5)
@@ -201,24 +200,23 @@ def load_data(dataset, split, data_dir="data", device="cpu", size=64):
     split: "train" or "test". size: of a folder's images; the others are 32 x 32. Sources: drawn
     here (shapes), Xiao et al. 1708.07747 (fashion), Krizhevsky 2009 (cifar10).
     """
-    data_dir = Path(data_dir).expanduser()
+    data_dir, train = Path(data_dir).expanduser(), split == "train"
     if dataset == "folder":
         x, y, names = load_folder(data_dir, split, size)
     elif dataset == "shapes":
-        x, y = draw_shapes(400, seed=0) if split == "train" else draw_shapes(100, seed=1)
+        x, y = draw_shapes(400, seed=0) if train else draw_shapes(100, seed=1)
         names = [SHAPES, STYLES]
     else:
         with explain(f"{dataset} is not in '{data_dir}' and cannot be downloaded; put its files "
                      "there, or name their folder with --data-dir"):
             if dataset == "fashion":
                 unpack_fashion(data_dir)
-            source = tvd.FashionMNIST if dataset == "fashion" else tvd.CIFAR10
-            data = source(data_dir, train=split == "train", download=True)
+                data = tvd.FashionMNIST(data_dir, train, download=True)
+                x, names = F.pad(data.data, (2, 2, 2, 2))[:, None], [data.classes]
+            else:
+                data = tvd.CIFAR10(data_dir, train, download=True)
+                x, names = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), [CIFAR10]
         y = torch.as_tensor(data.targets)[:, None]
-        if dataset == "fashion":
-            x, names = F.pad(data.data, (2, 2, 2, 2))[:, None], [data.classes]
-        else:
-            x, names = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), [CIFAR10]
         require(len(x) == len(y) and 0 <= y.min() and y.max() < len(names[0]),
                 f"'{data_dir}' holds labels that do not fit the images of {dataset}; get it again")
     return x.to(device), y.to(device), names
@@ -235,17 +233,18 @@ def unpack_fashion(data_dir):
 
 def find_images(folder):
     """The sorted paths of all image files below a folder, links followed, hidden ones left out."""
-    found, other = [], set()
+    found = []
     for place, folders, files in os.walk(folder, followlinks=True):
-        above = [Path(place).resolve(), *Path(place).resolve().parents]        # a link to these is a loop
+        here = Path(place).resolve()                   # a link to this or above makes a loop
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
-                      and Path(place, name).resolve() not in above]
-        for path in (Path(place, name) for name in files if not name.startswith(".")):
-            (found.append if path.suffix.lower() in IMAGE_KINDS else other.add)(path)
-    if other:
-        kinds = ", ".join(sorted({path.suffix or path.name for path in other})[:9])
-        print(f"{folder}: left out {len(other)} files that are no images ({kinds})")
-    return sorted(found)
+                      and not here.is_relative_to(Path(place, name).resolve())]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    images = sorted(path for path in found if path.suffix.lower() in IMAGE_KINDS)
+    if len(images) < len(found):
+        kinds = sorted({path.suffix or path.name for path in set(found).difference(images)})[:9]
+        print(f"{folder}: left out {len(found) - len(images)} files that are no images "
+              f"({', '.join(kinds)})")
+    return images
 
 def read_image(path, size, mode="RGB"):
     """A picture of any mode as uint8 (C, size, size): turned as its EXIF says, on white where it is
@@ -268,6 +267,7 @@ def folder_key(paths):
     """A fingerprint of a folder's images: it changes when one of them does."""
     stats = [(path.parts[-3:], path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
+
 def load_folder(data_dir, split, size):
     """Images (N, 3, size, size), labels and names of STYLE/OBJECT/*.jpg (UnlearnCanvas) or
     CLASS/*.jpg. A tenth of each label's images, at least one of two, is the test split; runs/cache
@@ -277,14 +277,13 @@ def load_folder(data_dir, split, size):
     require(len({len(path.parts) for path in paths}) == 1 and len(columns) in (1, 2),
             f"'{data_dir}' must hold images as STYLE/OBJECT/*.jpg or CLASS/*.jpg, at one depth; it "
             f"holds {len(paths)} images; name the folder with --data-dir")
-    names = [sorted(set(column)) for column in columns]        # the class comes first
+    factors = [np.unique(column, return_inverse=True) for column in columns]       # class first
+    names, y = [values.tolist() for values, _ in factors], np.stack([i for _, i in factors], 1)
     splits = {"train", "test", "val", "valid", "validation"} & {n.lower() for n in names[-1]}
     require(not splits, f"'{data_dir}' is divided into {', '.join(sorted(splits))}; name one of "
             "these folders with --data-dir, or rename it if it is a class or a style")
     cache, images, good = Path("runs", "cache", f"{folder_key(paths)}-{size}.pt"), [], []
-    if cache.is_file():
-        data = load_file(cache, "images")
-    else:
+    if not cache.is_file():
         for n in progress(torch.arange(len(paths)), "decoding", len(paths)):
             try:
                 images.append(read_image(paths[n], size))
@@ -292,18 +291,17 @@ def load_folder(data_dir, split, size):
             except Exception as e:                     # whatever Pillow says of a broken file
                 print(f"skipped {paths[n]}: not a readable image ({type(e).__name__})")
         require(len(good) >= 0.8 * len(paths), f"over a fifth of '{data_dir}' is broken")
-        data = {"images": torch.stack(images), "good": torch.stack(good)}
-        save_file(cache, "images", data)
-        for factor, column in zip(FACTORS, columns):
-            counts = Counter(column[n] for n in good)
-            print(f"{factor}: " + ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
+        save_file(cache, "images", {"images": torch.stack(images), "good": torch.stack(good)})
+        for factor, values, labels in zip(FACTORS, names, y[good].T):
+            counts = zip(values, np.bincount(labels, minlength=len(values)))
+            print(f"{factor}: " + ", ".join(f"{name} {n}" for name, n in counts))
         print(f"{data_dir}: {len(good)} of {len(paths)} images")
-    good = data["good"].tolist()
-    y = torch.tensor([[names[f].index(column[i]) for f, column in enumerate(columns)] for i in good])
+    data = load_file(cache, "images")
+    y, files = torch.from_numpy(y)[data["good"]], [paths[i].name for i in data["good"]]
     held_out = torch.zeros(len(y), dtype=torch.bool)
     for cell in torch.unique(y, dim=0):
         index = (y == cell).all(1).nonzero().flatten().tolist()
-        index.sort(key=lambda i: hashlib.sha256(paths[good[i]].name.encode()).digest())
+        index.sort(key=lambda i: hashlib.sha256(files[i].encode()).digest())
         held_out[index[:max(len(index) // 10, len(index) > 1)]] = True
     keep = held_out if split == "test" else ~held_out
     return data["images"][keep], y[keep], names
@@ -325,9 +323,8 @@ def import_public(path):
     """
     with explain(f"{path} is not a CIFAR-10 checkpoint of the public SalUn/SFRon/SA code, a list "
                  "of model, optimiser, step and EMA with the paper's layers"):
-        states, theirs = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True), {}
-        for state in (states[0], states[-1]):
-            theirs.update({k.removeprefix("module."): v for k, v in state.items()})
+        raw, *_, ema = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
+        theirs = {k.removeprefix("module."): v for k, v in [*raw.items(), *ema.items()]}
         null = theirs.pop("null_classes_emb").reshape(1, -1)
         weights = {"label_embs.0.weight": torch.cat([theirs.pop("classes_emb.weight"), null])}
         for key, value in theirs.items():
@@ -344,9 +341,8 @@ def stage_parser(doc, out):
     """The parser of a script, with the flags that work alike in every stage."""
     parser = make_parser(doc)
     flag = parser.add_argument_group("data, training, machine").add_argument
-    flag("--dataset", choices=DATASETS, help="default shapes, or the model's own; folder: "
-         "CLASS/*.jpg or STYLE/CLASS/*.jpg in --data-dir")
-    flag("--data-dir", default="data", help="where data lies or is downloaded to (default data)")
+    flag("--dataset", choices=DATASETS, help="default shapes, or the model's own")
+    flag("--data-dir", default="data", help="where data lie or go; of a folder: the folder (data)")
     flag("--steps", type=number(int, 0), help="of training; the default is chosen to fit")
     flag("--batch-size", type=number(int, 1, 65536), help="images a step and term; likewise")
     flag("--samples", type=number(int, 1, 10 ** 6), help="images to draw for picture or score")
@@ -416,10 +412,11 @@ def train(args, images, y, names, excluded, folder):
     if args.resume and state.is_file():
         done, seconds = load_state(state, settings, parts)
         start, losses[:len(done)] = len(done), done
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{args.dataset}: {len(images)} images {tuple(images.shape[1:])}, network {args.preset}, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {start}, into {folder}")
-    flip, (labels, layout) = args.dataset == "cifar10", picture_labels(names)
-    training = pretrain(model, ema, optimizer, images, y, args, flip, start)
+          f"{millions:.2f} M parameters, from step {start}, into {folder}")
+    labels, layout = picture_labels(names)
+    training = pretrain(model, ema, optimizer, images, y, args, args.dataset == "cifar10", start)
     saved, began = time.time(), time.time() - seconds
     for step, loss in enumerate(progress(training, "pretrain", args.steps, start), start + 1):
         losses[step - 1] = loss
@@ -427,8 +424,8 @@ def train(args, images, y, names, excluded, folder):
             require(loss.isfinite(), "the training diverged; give another --batch-size")
             seconds = round(time.time() - began, 1)
             save_state(state, settings, losses[:step].cpu(), seconds, parts)
-            images = sample(ema, labels[:args.samples], args.sampler_steps, label="samples")
-            save_grid(images, folder / "samples.png", **layout)
+            drawn = sample(ema, labels[:args.samples], args.sampler_steps, label="samples")
+            save_grid(drawn, folder / "samples.png", **layout)
             saved = time.time()
     write_losses(folder, losses, f"{args.dataset} pretraining")
     return ema, {**settings, "seconds": seconds}
@@ -462,12 +459,13 @@ def main():
         folder = Path(args.out or Path("runs", args.dataset, what)).expanduser()
         folder = folder if args.resume else run_folder(folder)
         model, made_by = train(args, images[keep], y[keep], names, excluded, folder)
+    command = ["attack.py", folder.as_posix()]
+    if not excluded:
+        cls = "0" if names[0][0].isdigit() else names[0][0]
+        command = ["unlearn.py", "--method", "dimum", "--cls", cls, "--ckpt", folder.as_posix()]
     made_by = {"stage": "pretrain", "method": "retrain" if excluded else "original", **made_by}
-    info = dict(dataset=args.dataset, names=names, preset=args.preset, forgotten=excluded,
-                made_by=made_by)
-    kept = next(str(v) if n.isdigit() else n for v, n in enumerate(names[0]) if (0, v) not in excluded)
-    command = ["unlearn.py", "--method", "dimum", "--cls", kept, "--ckpt", folder.as_posix()]
-    finish(folder, model, info, args, ["attack.py", folder.as_posix()] if excluded else command)
+    info = dict(dataset=args.dataset, names=names, preset=args.preset, forgotten=excluded)
+    finish(folder, model, {**info, "made_by": made_by}, args, command)
 
 if __name__ == "__main__":
     run(main)

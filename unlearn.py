@@ -26,13 +26,12 @@ from train_ddpm import (fill, finish, get_batch, load_run, read_image, stage_par
 
 class Data:
     """What a run forgets and keeps, as random batches: x (n, C, H, W) in [-1, 1], labels y (n, F).
-
     forget: the (factor, value) pairs to forget now; earlier: those that the model has forgotten
-    before, of which no image is ever drawn.
-    """
+    before, of which no image is ever drawn."""
     def __init__(self, images, y, names, forget, earlier, args):
         self.forget_pairs, self.all_pairs = forget, sorted({*forget, *earlier})
-        to_retain, to_forget = ~matches(y, self.all_pairs), matches(y, forget) & ~matches(y, earlier)
+        to_retain = ~matches(y, self.all_pairs)
+        to_forget = matches(y, forget) & ~matches(y, earlier)
         self.retain_set = images[to_retain], y[to_retain]
         self.forget_set = images[to_forget], y[to_forget]
         require(to_forget.any() and to_retain.any(), "there is no image to forget, or none to "
@@ -60,9 +59,8 @@ class Data:
         return y
 
 def descend(loss, model, optimizer, mask=None, mask_first=False):
-    """One optimiser step down the loss. Gradients are clipped to norm 1 and, where the mask (a
-    bool tensor per parameter) is False, set to 0: after the clipping, or before it. Returns the
-    loss."""
+    """One optimiser step down the loss, returned. Gradients are clipped to norm 1 and, where
+    the mask (a bool tensor per parameter) is False, set to 0: after the clipping or before it."""
     optimizer.zero_grad()
     loss.backward()
     if not mask_first:
@@ -90,8 +88,8 @@ def dimum(model, data, optimizer, args):
         yield descend(keep + args.weight * memorise, model, optimizer)
 
 def salun(model, data, optimizer, args, masked=True):
-    """SalUn: minimise MSE(network(x_t, c_f), network(x_t, c')) on noised D_f + alpha * C*H*W * l(D_r),
-    on the half of the weights that is most salient for D_f.
+    """SalUn: minimise MSE(network(x_t, c_f), network(x_t, c')) on noised D_f + alpha * C*H*W *
+    l(D_r), on the half of the weights that is most salient for D_f.
 
     Source: Fan et al. 2310.12508; saliency_unlearn of OPTML-Group/Unlearn-Saliency, which drops
     labels in both branches and clips before it masks (alpha = weight).
@@ -109,12 +107,9 @@ def salun(model, data, optimizer, args, masked=True):
         yield descend(loss, model, optimizer, mask)
 
 def guided_gradients(model, draw, batches, guidance=2.0):
-    """Yield the gradients of the summed-pixel loss of the *guided* output, clipped to norm 1, for
-    each of `batches` batches of draw(): a list in the order of model.parameters(). Network in eval
-    mode.
-
-    Source: generate_mask and generate_fisher of the public SalUn and SFRon code, which do it so.
-    """
+    """Yield the gradients, a list like model.parameters(), of the *guided* output's summed-pixel
+    loss, clipped to norm 1, for each of `batches` batches of draw(). Network in eval mode. Source:
+    generate_mask and generate_fisher of the public SalUn and SFRon code, which do it so."""
     model.eval()
     for _ in range(batches):
         x0, y = draw()
@@ -128,9 +123,8 @@ def guided_gradients(model, draw, batches, guidance=2.0):
     model.train()
 
 def saliency_mask(model, data, batches=40):
-    """SalUn's mask: True for the half of all weights whose gradients of the forget loss, summed
-    over batches with their signs, are largest. Source: 2310.12508 equation 4, the threshold the
-    median."""
+    """SalUn's mask: True for the half of all weights whose forget loss gradients, summed over
+    batches with their signs, are largest. Source: 2310.12508 equation 4, threshold the median."""
     total = [torch.zeros_like(p) for p in model.parameters()]
     for gradients in guided_gradients(model, data.forget, batches):
         total = [a + g for a, g in zip(total, gradients)]
@@ -186,8 +180,7 @@ def finetune(model, data, optimizer, args):
         yield descend(diffusion_loss(model, *data.retain()).mean(), model, optimizer)
 
 def swap(model, data, optimizer, args):
-    """Copy the label embedding of c' over that of c_f, then fine-tune: forgets nothing
-    (baseline)."""
+    """Copy the embedding of c' over that of c_f, then fine-tune: forgets nothing (baseline)."""
     with torch.no_grad():
         for factor, value in data.forget_pairs:
             table = model.label_embs[factor].weight
@@ -318,28 +311,28 @@ def alternative_set(data, args):
             images = torch.randint(0, 256, images[:1000].shape, dtype=torch.uint8, device=y.device)
             y = y[torch.randint(len(y), (len(images),), device=y.device)]
         require(len(y), f"--alternative {spec} has no images; choose another")
-        index = torch.arange(len(y))
         if args.alt_size and args.alt_size < len(y):
             index = torch.randperm(len(y))[:args.alt_size]
-        y = y[index].clone()
+            images, y = images[index], y[index]
+        y = y.clone()
         y[:, factor] = value
-        sets.append((images[index], y))
+        sets.append((images, y))
     return [torch.cat(part) for part in zip(*sets)]
 
 # ---- stage 2 -------------------------------------------------------------------------------------
 
 def find_model(args):
     """The checkpoint to unlearn in: --ckpt, else the pretraining here, else the shipped model."""
-    dataset = args.dataset or "shapes"
-    trained, ours = Path("runs", dataset, "pretrain", "model.pt"), shipped(f"{dataset}.pt")
     if args.ckpt:
         return checkpoint_file(args.ckpt)
+    name = args.dataset or "shapes"
+    trained, ours = Path("runs", name, "pretrain", "model.pt"), shipped(f"{name}.pt")
     found = [path for path in (trained, ours) if path.is_file()]
-    require(found, f"there is no {dataset} model yet; run 'python train_ddpm.py --dataset {dataset}'"
-            " first, or name one with --ckpt")
+    require(found, f"there is no {name} model yet; run 'python train_ddpm.py --dataset {name}', "
+            "or name one with --ckpt")
     steps = [load_checkpoint(path)[1]["made_by"]["steps"] for path in found]
-    require(steps[0] >= steps[-1], f"{trained} was trained for {steps[0]} steps, {ours} for "
-            f"{steps[-1]}; say which you mean: --ckpt {trained.as_posix()} or --ckpt {ours.as_posix()}")
+    require(steps[0] >= steps[-1], f"the model trained here has {steps[0]} steps, the shipped one "
+            f"{steps[-1]}; say which: --ckpt {trained.as_posix()} or --ckpt {ours.as_posix()}")
     return found[0]
 
 def check_forget(forget, info, path):
@@ -361,7 +354,7 @@ def cosine(steps, optimizer, total):
         yield loss
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
 
-def parse():
+def main():
     parser = stage_parser(__doc__, "<method>-cls1")
     flag = parser.add_argument
     flag("--method", choices=[*METHODS, "sfront"], default="dimum", help="default dimum")
@@ -374,12 +367,10 @@ def parse():
     flag("--alternative", default="class", metavar="WHAT", help="c': class:K, also for styles "
          "(default: the next value); for DiMUM also mix, image:PATH or noise")
     flag("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N images of each")
-    flag("--eval-every", type=number(int, 1), metavar="N", help="UA and FID every N steps")
+    flag("--eval-every", nargs="+", type=number(int, 1), metavar="N", help="measure every N steps, or "
+         "at several")
     flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
-    return parser.parse_args()
-
-def main():
-    args = parse()
+    args = parser.parse_args()
     args.method = args.method.replace("sfront", "sfron")               # the paper writes Sfront
     path = find_model(args)
     model, info, images, y = load_run(path, args)
@@ -406,9 +397,10 @@ def main():
     if info["preset"] == "small":
         steps = cosine(steps, optimizer, args.steps)
     curve, losses, seconds, pictures, y = follow(model, steps, args.method, args, measure,
-                                                 args.eval_every, retained=True)
+                                                 args.eval_every or (), retained=True)
     if len(forgotten) > 1:
-        print("UA of each:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in curve[-1]["ua_of"].items()))
+        each = curve[-1]["ua_of"].items()
+        print("UA of each:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in each))
     write_losses(folder, losses, args.method)
     save_before_after(folder / "samples.png", names, forgotten, y, pictures)
     if args.eval_every:
@@ -416,8 +408,9 @@ def main():
         save_plot(folder / "fid.png", {args.method: fids}, "FID of retained conditions", "step")
     made_by = {"stage": "unlearn", "method": args.method, "from": str(path), "seed": args.seed,
                "alternative": args.alternative, "alt_size": args.alt_size, **settings}
-    finish(folder, model, {**info, "forgotten": forgotten, "made_by": made_by}, args,
-           ["attack.py", folder.as_posix()], forget=pairs_text(forget, names), seconds=seconds, curve=curve, protocol=protocol)
+    info.update(forgotten=forgotten, made_by=made_by)
+    finish(folder, model, info, args, ["attack.py", folder.as_posix()],
+           forget=pairs_text(forget, names), seconds=seconds, curve=curve, protocol=protocol)
 
 if __name__ == "__main__":
     run(main)
