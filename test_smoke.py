@@ -1,15 +1,5 @@
 """The behaviour that must hold, checked on a CPU: python -m pytest -q"""
-import gzip
-import io
-import itertools
-import json
-import multiprocessing
-import os
-import pickle
-import re
-import shlex
-import signal
-import sys
+import gzip, io, itertools, json, multiprocessing, os, pickle, re, shlex, signal, sys      # noqa: E401
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -25,11 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-import attack
-import fid
-import model as M
-import train_ddpm
-import unlearn
+import attack, fid, model as M, train_ddpm, unlearn        # noqa: E401
 
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
 BETAS = np.linspace(1e-4, 0.02, 1000)
@@ -192,12 +178,6 @@ def test_import_uses_every_key_of_a_public_checkpoint_once(capsys, monkeypatch):
     torch.save([raw, {}, 7, raw], "broken.pth")
     assert "not a CIFAR-10" in refused(capsys, run, train_ddpm, "--dataset cifar10 --import broken.pth")
 
-def test_shapes_are_balanced_seeded_and_the_splits_differ():
-    (x, y), (other, _) = train_ddpm.draw_shapes(3, seed=0), train_ddpm.draw_shapes(3, seed=1)
-    assert x.shape == (150, 3, 32, 32) and x.dtype == torch.uint8 and (x != other).flatten(1).any(1).all()
-    assert torch.unique(y, dim=0, return_counts=True)[1].tolist() == [3] * 50
-    assert torch.equal(x, train_ddpm.draw_shapes(3, seed=0)[0])
-
 @pytest.mark.parametrize("folder,end", [("data", ".gz"), ("data", ""), ("debian", ".gz")])
 def test_fashion_is_found_where_it_lies(folder, end):
     x, y = np.random.default_rng(0).integers(0, 256, (40, 28, 28)), np.arange(40) % 10
@@ -215,7 +195,7 @@ def follow(capsys, more=""):
     script, words = capsys.readouterr().out.rsplit("next: python ", 1)[1].strip().split(" ", 1)
     run({"unlearn.py": unlearn, "attack.py": attack}[script], f"{words} {more}")
 
-def test_cifar10_goes_through_all_stages(monkeypatch, small, capsys):
+def test_cifar10_is_found_without_its_archive(monkeypatch):
     cifar, raw = torchvision.datasets.CIFAR10, torch.randint(0, 256, (20, 3072), dtype=torch.uint8).numpy()
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())
     data = pickle.dumps({"data": raw, "labels": [*range(10)] * 2, "label_names": train_ddpm.CIFAR10})
@@ -223,10 +203,6 @@ def test_cifar10_goes_through_all_stages(monkeypatch, small, capsys):
         M.write_file(f"data/cifar-10-batches-py/{name}", lambda tmp: tmp.write_bytes(data))
     x, y, _ = train_ddpm.load_data("cifar10", "train")
     assert x.shape == (100, 3, 32, 32) and np.array_equal(x[:20].flatten(1), raw) and y[11] == 1
-    run(fid, f"--dataset cifar10 --train-classifier {QUICK}")
-    run(train_ddpm, f"--dataset cifar10 --preset small {QUICK}")
-    follow(capsys, f"{LOOK} --cls automobile"), follow(capsys, LOOK)
-    run(fid, "test runs/cifar10/dimum-cls1 --dataset cifar10 --samples 10 --sampler-steps 1")
 
 def make_folder(root, styles, objects, n):
     """A tree in UnlearnCanvas's layout, with pictures of every mode and size."""
@@ -255,7 +231,7 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(capsys):
     assert "over a fifth" in refused(capsys, run, train_ddpm, "--dataset folder --data-dir art")
 
 def test_a_folder_goes_through_all_stages_as_each_says(small, capsys):
-    make_folder("my art", ("Van Gogh", "Seed Images"), ("Dogs", "Human Face", "Bears"), n=8)
+    make_folder("my art", ("Van Gogh", "Seed Images"), ("Dogs", "Human Face", "Bears"), n=2)
     data = f"--dataset folder --data-dir 'my art' {QUICK}"
     run(fid, f"{data} --train-classifier"), run(train_ddpm, data)
     assert M.load_checkpoint("runs/folder/pretrain")[0].cfg.mult == (1, 1, 1)          # for 64 x 64
@@ -265,6 +241,8 @@ def test_a_folder_goes_through_all_stages_as_each_says(small, capsys):
     run(unlearn, f"{data} {LOOK} --ckpt runs/folder/pretrain --style 'van gogh' --out '~/my run'")
     follow(capsys, LOOK)
     assert Path("home/my run/model.pt").is_file() and not Path("~").exists()
+    png("one/a/1.png", "red"), png("one/b/2.png", "blue")      # nothing can be held out
+    assert "too few" in refused(capsys, run, fid, "--dataset folder --data-dir one --train-classifier")
 
 def test_pictures_and_folders_as_users_have_them(capsys, monkeypatch):
     ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype("uint16")
@@ -281,16 +259,6 @@ def test_pictures_and_folders_as_users_have_them(capsys, monkeypatch):
     assert "not a readable image" in refused(capsys, run, fid, "set/a set/b --features classifier")
     png("split/train/a/1.png", "red"), png("split/val/a/1.png", "red")
     assert "divided into train, val" in refused(capsys, run, train_ddpm, "--dataset folder --data-dir split")
-
-def test_four_pictures_go_through_all_stages(small, capsys):
-    for i, name in enumerate("aabb"):
-        png(f"few/{name}/{i}.png", (60 * i, 9, 9))
-    data = f"--dataset folder --data-dir few --image-size 32 {QUICK}"
-    run(fid, f"{data} --train-classifier"), run(train_ddpm, data)
-    follow(capsys, LOOK), follow(capsys, LOOK), follow(capsys)
-    run(fid, f"test runs/folder/pretrain {data} --samples 4 --sampler-steps 1")
-    png("one/a/1.png", "red"), png("one/b/2.png", "blue")      # nothing can be held out
-    assert "too few" in refused(capsys, run, fid, "--dataset folder --data-dir one --train-classifier")
 
 def test_pretraining_warms_up_decays_and_averages():
     (x, y), net, ema, lrs = tiny_data(), new(), new(), []
@@ -647,13 +615,12 @@ def test_files_come_back_equal_survive_a_failed_write_and_are_refused_if_damaged
     assert Path("run/model.pt").read_bytes() == good and os.listdir("run") == ["model.pt"]
 
 @pytest.mark.parametrize("module,command,part", [
-    (unlearn, "--cls 12", "0 circle, 1 square"), (unlearn, "--cls ²", "0 circle, 1 square"),
+    (unlearn, "--cls ²", "0 circle, 1 square"), (unlearn, "--cls 1 --lr nan", "from 0 to 10"),
     (unlearn, "", "say what to forget"), (unlearn, "--cls 1 --alternative class:1", "take another"),
     (unlearn, "--cls 1 --alternative image:none.png", "cannot be read"), (unlearn, "--speed 9", "--help"),
-    (unlearn, "--cls 1 --alternative x", "class:K, mix"), (unlearn, "--cls 1 --lr nan", "from 0 to 10"),
+    (unlearn, "--cls 1 --alternative x", "class:K, mix"), (unlearn, "--cls 1 --out /dev/null/run", "--out"),
     (unlearn, "--cls 1 --ckpt tiny.pt --dataset fashion", "draws shapes"),
     (unlearn, "--cls 1 --dataset fashion", "train_ddpm.py --dataset fashion"),
-    (unlearn, "--cls 1 --device abacus", "--device cpu"), (unlearn, "--cls 1 --out /dev/null/run", "--out"),
     (unlearn, f"--cls 1 --ckpt tiny.pt {LOOK} --steps 50 --method ga --lambda 1e9 --lr 10", "diverged"),
     (attack, f"tiny.pt --cls 1 --aux nowhere {LOOK}", "fewshot:K"), (attack, "--table .", "no results"),
     (train_ddpm, "--exclude-cls 0 1 2 3 4 5 6 7 8 9", "nothing is left"), (attack, "tiny.pt", "--cls circle"),
@@ -714,18 +681,17 @@ def test_output_and_devices_never_end_in_a_traceback(monkeypatch, capsys):
         path.read_text("utf-8") for path in HERE.glob("*.py") if path.name != "test_smoke.py"))
 
 def test_seconds_are_those_of_the_steps_alone(monkeypatch):
-    def wait(seconds):
+    def wait(seconds, result=torch.tensor(0.5)):
         clock[0] += seconds
-        return torch.tensor(0.5)
+        return result
 
     def measure(model, step, retained=True):
-        wait(100)
-        return {"step": step, "retained": retained, "forget_samples": 1, "retain_samples": 1}, None, None
+        return wait(100, ({"step": step, "forget_samples": 1, "retain_samples": retained}, None, None))
     clock, args = [0.0], SimpleNamespace(steps=4, sampler_steps=1, seed=0)
     monkeypatch.setattr(fid.time, "time", lambda: clock[0])
     curve, losses, seconds, *_ = fid.follow(new(), (wait(1) for _ in range(4)), None, args, measure, [2], False)
     assert seconds == 4.0 and losses.tolist() == [0.5] * 4 and clock[0] == 304
-    assert [(p["step"], p["retained"]) for p in curve] == [(0, True), (2, False), (4, True)]
+    assert [(p["step"], p["retain_samples"]) for p in curve] == [(0, True), (2, False), (4, True)]
 
 @pytest.mark.parametrize("module,base", [
     (M, "tiny.pt"), (train_ddpm, QUICK), (fid, f"test tiny.pt {QUICK} --samples 2 --sampler-steps 1"),
