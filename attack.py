@@ -193,14 +193,14 @@ def make_table(folder):
 # ---- stage 3 -------------------------------------------------------------------------------------
 
 def main():
-    parser = stage_parser(__doc__, "attack-<run>-<aux>")
+    parser = stage_parser(__doc__, "attack-<run>-<aux>", samples=120, sampler_steps=20)
     flag = parser.add_argument
     flag("run", nargs="?", metavar="RUN", help="a run folder of unlearn.py, or a checkpoint")
     flag("--aux", default="retain", help="the attacker's data: retain (default), heldout, "
          "generated, pretrained, a folder, fewshot:K or inversion:K")
-    flag("--lr", type=number(float, 0, 10), help="learning rate; default by preset")
-    flag("--every", nargs="+", type=number(int, 1), metavar="N", help="measure every N steps, or at "
-         "several; default four times")
+    flag("--lr", metavar="X", type=number(float, 0, 10), help="learning rate; default by preset")
+    flag("--every", nargs="+", type=number(int, 1), metavar="N",
+         help="measure every N steps, or at several; default four times")
     flag("--cls", nargs="+", metavar="K", help="count these, not all that was forgotten")
     flag("--style", nargs="+", metavar="K", help="the same for styles")
     flag("--table", metavar="DIR", help="gather every result under DIR and stop")
@@ -216,7 +216,7 @@ def main():
     require(count, f"{path} has forgotten nothing; say what to count, such as --cls {names[0][0]}")
     forgotten = sorted({*count, *info["forgotten"]})
     settings = fill(args, **DEFAULTS["embedding" if inversion else info["preset"]])
-    fill(args, samples=120, sampler_steps=20, every=[max(1, args.steps // 4)])
+    fill(args, every=[max(1, args.steps // 4)])
 
     measure, protocol = evaluator(info, *train, forgotten, count, args, "ar")
     torch.manual_seed(args.seed)

@@ -419,7 +419,7 @@ def features_of(images, network, device, label, size, mode, resize):
     return torch.cat([network(x.to(device)).cpu() for x in progress(prepared, label, len(batches))])
 
 def main():
-    parser = stage_parser(__doc__, "fid, or classifier")
+    parser = stage_parser(__doc__, "fid, or classifier", samples=1000)
     flag = parser.add_argument
     flag("real", nargs="?", metavar="REAL", help="folder, checkpoint, run folder, train or test")
     flag("fake", nargs="?", metavar="FAKE", help="the same")
@@ -428,7 +428,7 @@ def main():
     flag("--train-classifier", action="store_true", help="train the dataset's classifier and stop")
     args = parser.parse_args()
     device = pick_device(args.device)
-    fill(args, dataset="shapes", samples=1000, sampler_steps=50)
+    fill(args, dataset="shapes")
     if args.train_classifier:
         folder = run_folder(args.out or Path("runs", args.dataset, "classifier"))
         train_classifier(folder, args, device, args.image_size, args.steps, args.batch_size or 128)

@@ -337,17 +337,19 @@ def import_public(path):
 
 # ---- stage 1 and what all stages share -----------------------------------------------------------
 
-def stage_parser(doc, out):
-    """The parser of a script, with the flags that work alike in every stage."""
+def stage_parser(doc, out, samples=None, sampler_steps=50):
+    """The parser of a script, with the flags that work alike in every stage, and their defaults."""
     parser = make_parser(doc)
     flag = parser.add_argument_group("data, training, machine").add_argument
     flag("--dataset", choices=DATASETS, help="default shapes, or the model's own")
-    flag("--data-dir", default="data", help="where data lie or go; of a folder: the folder (data)")
-    flag("--steps", type=number(int, 0), help="of training; the default is chosen to fit")
-    flag("--batch-size", type=number(int, 1, 65536), help="images a step and term; likewise")
-    flag("--samples", type=number(int, 1, 10 ** 6), help="images to draw for picture or score")
-    flag("--sampler-steps", type=number(int, 1, T), help="DDIM steps of each; likewise")
-    flag("--seed", type=number(int, 0, 2 ** 31), default=0, help="same seed, same result (0)")
+    flag("--data-dir", metavar="DIR", default="data", help="where data lie, or are put (data)")
+    flag("--steps", metavar="N", type=number(int, 0), help="of training; the default fits the job")
+    flag("--batch-size", metavar="N", type=number(int, 1, 65536), help="images a step and term")
+    flag("--samples", metavar="N", type=number(int, 1, 10 ** 6), default=samples,
+         help=f"images to draw (default {samples or 'one of each condition'})")
+    flag("--sampler-steps", metavar="N", type=number(int, 1, T), default=sampler_steps,
+         help=f"DDIM steps of each (default {sampler_steps})")
+    flag("--seed", metavar="N", type=number(int, 0, 2 ** 31), default=0, help="of all chance (0)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     flag("--out", metavar="DIR", help=f"run folder; default runs/<dataset>/{out}")
     return parser
@@ -446,7 +448,7 @@ def main():
     fill(args, preset="paper" if args.dataset == "cifar10" else "small")
     if args.dataset == "fashion" and args.preset == "small":
         fill(args, steps=FASHION_STEPS)
-    fill(args, **PRETRAIN[args.preset], sampler_steps=50)
+    fill(args, **PRETRAIN[args.preset])
     if args.public:
         model, names, excluded, made_by = import_public(args.public).to(device), [CIFAR10], [], {}
         folder = run_folder(args.out or "runs/cifar10/import")

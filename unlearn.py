@@ -355,20 +355,20 @@ def cosine(steps, optimizer, total):
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
 
 def main():
-    parser = stage_parser(__doc__, "<method>-cls1")
+    parser = stage_parser(__doc__, "<method>-cls1", samples=240, sampler_steps=20)
     flag = parser.add_argument
     flag("--method", choices=[*METHODS, "sfront"], default="dimum", help="default dimum")
     flag("--cls", nargs="+", metavar="K", help="classes to forget, by name or number")
     flag("--style", nargs="+", metavar="K", help="styles to forget")
     flag("--ckpt", metavar="MODEL", help="default: the pretraining in runs/, or the shipped model")
-    flag("--lr", type=number(float, 0, 10), help="learning rate; default by method and preset")
+    flag("--lr", metavar="X", type=number(float, 0, 10), help="learning rate; default by method")
     flag("--lambda", dest="weight", type=number(float, 0, 1e9), metavar="X",
          help="the method's weight: lambda, alpha, eta")
     flag("--alternative", default="class", metavar="WHAT", help="c': class:K, also for styles "
          "(default: the next value); for DiMUM also mix, image:PATH or noise")
     flag("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N images of each")
-    flag("--eval-every", nargs="+", type=number(int, 1), metavar="N", help="measure every N steps, or "
-         "at several")
+    flag("--eval-every", nargs="+", type=number(int, 1), metavar="N",
+         help="measure every N steps, or at several")
     flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
     args = parser.parse_args()
     args.method = args.method.replace("sfront", "sfron")               # the paper writes Sfront
@@ -379,7 +379,6 @@ def main():
     method, small, paper = METHODS[args.method]
     usual = small if info["preset"] == "small" else paper
     settings = fill(args, **dict(zip(("steps", "batch_size", "lr", "weight"), usual)))
-    fill(args, samples=240, sampler_steps=20)
     print(f"{args.method}: forget {pairs_text(forget, names)} in {path}; {args.steps} steps, "
           f"{args.batch_size} images a term, lr {args.lr:g}, weight {args.weight:g}")
 
