@@ -238,8 +238,9 @@ def main():
                                                  retained=False)
     write_losses(folder, losses, "attack")
     save_before_after(folder / "samples.png", names, forgotten, y, pictures)
-    frames = [draw_grid(x[:min(20, p["forget_samples"])], 10, heads=(f"step {p['step']}",))
-              for x, p in zip(pictures, curve)]        # the forgotten samples come first
+    forget = torch.arange(curve[0]["forget_samples"])          # these come first
+    shown = forget[::math.ceil(len(forget) / 20)]
+    frames = [draw_grid(x[shown], 10, heads=(f"step {p['step']}",)) for x, p in zip(pictures, curve)]
     write_file(folder / "attack.gif", lambda tmp: frames[0].save(
         tmp, "GIF", save_all=True, append_images=frames[1:], duration=700, loop=0))
     series = tuple([p[k] for p in curve] for k in ("step", "ar", "ar_low", "ar_high"))

@@ -470,8 +470,10 @@ def run(main):
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except torch.cuda.OutOfMemoryError:
-        fail("the GPU's memory is full; close other programs on it, or add --device cpu")
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        fail("the memory is full; close other programs, or give a smaller --batch-size")
 
 def make_parser(doc):
     """argparse with the script's docstring as its help, and errors of one line."""
