@@ -33,14 +33,14 @@ NOISE_SEED = 1234       # of all evaluations: all points of all curves start fro
 
 # ---- evaluation of a conditional model -----------------------------------------------------------
 
-def evaluator(info, images, y, forgotten, count, args, main):
+def evaluator(info, images, y, forgotten, count, args, first):
     """(measure, protocol): a function that samples a model (DDIM, guidance 2) and scores it, and
     what its numbers rest on. images, y: the training set; FID compares with its retained images.
 
     forgotten: the (factor, value) pairs that the model shall not draw; count: those that are
     counted. measure(model, step, retained=True) draws a third of args.samples of conditions with a
     counted and no other forgotten pair and, if retained, the rest of conditions without a forgotten
-    pair. It prints (main: "ua" or "ar" first) and returns (metrics of `score`, images uint8, y).
+    pair. It prints (first: "ua" or "ar") and returns (metrics of `score`, images uint8, y).
     """
     names, device, keep = info["names"], images.device, ~matches(y, forgotten)
     judge, accuracy = load_classifier(args, device, names, images.shape[2])
@@ -56,7 +56,7 @@ def evaluator(info, images, y, forgotten, count, args, main):
         x = sample(model, y, args.sampler_steps, seed=NOISE_SEED, label=f"step {step}").cpu()
         require(x.isfinite().all(), "the model diverged: its samples are not finite; lower --lr")
         metrics = {"step": step, **score(x, y, judge, names, count, reference)}
-        print(f"step {step:>5}: {score_text(metrics, main)}", flush=True)
+        print(f"step {step:>5}: {score_text(metrics, first)}", flush=True)
         return metrics, to_uint8(x), y
 
     threads = f"{torch.get_num_threads()} threads of a {device.type}"
@@ -126,9 +126,9 @@ def percent(metrics, name):
 def fid_text(metrics):
     return "-" if metrics["fid"] is None else f"{metrics['fid']:.1f} +- {metrics['fid_error']:.1f}"
 
-def score_text(metrics, main):
-    """One line: main, what was retained where it was drawn, and "none" above 5 %."""
-    titles = {main: main.upper(), "cls": "class", "style": "style", "none": "none"}
+def score_text(metrics, first):
+    """One line: the first share, what was retained where it was drawn, and "none" above 5 %."""
+    titles = {first: first.upper(), "cls": "class", "style": "style", "none": "none"}
     line = "   ".join(f"{title} {percent(metrics, k)} %" for k, title in titles.items()
                       if metrics.get(k) is not None and (k != "none" or metrics[k] > 0.05))
     return line if metrics["fid"] is None else f"{line}   FID {fid_text(metrics)}"
