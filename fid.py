@@ -369,7 +369,7 @@ def train_classifier(folder, args, device, size, steps=None, batch_size=128):
 def data_key(args):
     """What tells two data sets with the same names apart: a folder's files."""
     folder = Path(args.data_dir).expanduser()
-    return folder_key(find_images(folder)) if args.dataset == "folder" else ""
+    return folder_key(find_images(folder, quiet=True)) if args.dataset == "folder" else ""
 
 def load_classifier(args, device, names, size=32):
     """(classifier, its test accuracy): the newest one trained here for these names, size and

@@ -231,7 +231,7 @@ def unpack_fashion(data_dir):
                 content = (gzip.open if source.suffix == ".gz" else open)(source, "rb").read()
                 write_file(target, lambda tmp: tmp.write_bytes(content))
 
-def find_images(folder):
+def find_images(folder, quiet=False):
     """The sorted paths of all image files below a folder, links followed, hidden ones left out."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -240,7 +240,7 @@ def find_images(folder):
                       and not here.is_relative_to(Path(place, name).resolve())]
         found += [Path(place, name) for name in files if not name.startswith(".")]
     images = sorted(path for path in found if path.suffix.lower() in IMAGE_KINDS)
-    if len(images) < len(found):
+    if len(images) < len(found) and not quiet:
         kinds = sorted({path.suffix or path.name for path in set(found).difference(images)})[:9]
         print(f"{folder}: left out {len(found) - len(images)} files that are no images "
               f"({', '.join(kinds)})")
@@ -272,7 +272,7 @@ def load_folder(data_dir, split, size):
     """Images (N, 3, size, size), labels and names of STYLE/OBJECT/*.jpg (UnlearnCanvas) or
     CLASS/*.jpg. A tenth of each label's images, at least one of two, is the test split; runs/cache
     keeps all."""
-    paths = find_images(data_dir)
+    paths = find_images(data_dir, quiet=split == "test")
     columns = list(zip(*(path.relative_to(data_dir).parts[-2::-1] for path in paths)))
     require(len({len(path.parts) for path in paths}) == 1 and len(columns) in (1, 2),
             f"'{data_dir}' must hold images as STYLE/OBJECT/*.jpg or CLASS/*.jpg, at one depth; it "
