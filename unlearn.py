@@ -251,18 +251,19 @@ def fisher_diagonal(model, x0, y, times=10):
     return total
 
 # (method, settings with the preset small, with paper): steps, images of each term, learning rate,
-# weight (lambda, alpha, eta, ...). small: found on shapes; the rate falls to 0 along a cosine.
+# weight (lambda, alpha, eta, ...). small: one budget for all that can live with it; weights chosen on
+# class bar and style dots (assets/study/README.md); the rate falls to 0 along a cosine.
 # paper: of the method's own paper or public code; the rate is constant.
 METHODS = {
-    "dimum": (dimum, (300, 16, 1e-3, 1.0), (10000, 64, 1e-4, 1.0)),
-    "salun": (salun, (200, 32, 3e-4, 1e-3), (1000, 128, 1e-4, 1e-3)),
-    "sfron": (sfron, (200, 32, 3e-4, 10.0), (150, 128, 1e-4, 10.0)),
+    "dimum": (dimum, (200, 16, 1e-3, 1.0), (10000, 64, 1e-4, 1.0)),
+    "salun": (salun, (200, 16, 1e-3, 3e-3), (1000, 128, 1e-4, 1e-3)),
+    "sfron": (sfron, (200, 16, 1e-3, 10.0), (150, 128, 1e-4, 10.0)),
     "esd": (esd, (200, 32, 3e-4, 1.0), (1000, 128, 1e-5, 1.0)),
     "sa": (sa, (200, 32, 1e-3, 0.01), (20000, 128, 1e-4, 10.0)),
     "ga": (ga, (100, 32, 3e-4, 0.6), (1000, 128, 1e-4, 0.05)),
-    "rl": (rl, (200, 32, 3e-4, 1e-3), (1000, 128, 1e-4, 1e-3)),
-    "finetune": (finetune, (200, 32, 3e-4, 1.0), (1000, 128, 1e-4, 1.0)),
-    "swap": (swap, (0, 32, 3e-4, 1.0), (0, 128, 1e-4, 1.0)),
+    "rl": (rl, (200, 16, 1e-3, 3e-3), (1000, 128, 1e-4, 1e-3)),
+    "finetune": (finetune, (200, 16, 1e-3, 1.0), (1000, 128, 1e-4, 1.0)),
+    "swap": (swap, (0, 16, 1e-3, 1.0), (0, 128, 1e-4, 1.0)),
 }
 
 # ---- what is learned instead ---------------------------------------------------------------------
