@@ -19,6 +19,7 @@ classifier recognises the forgotten value.
 """
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
         require(k.isdecimal() and int(k) > 0, f"--aux {aux}: say how many, such as {kind}:10")
         shots, labels = images[~keep], y[~keep]
         same = (labels[:, None] == torch.unique(labels, dim=0)).all(2)     # (N, conditions)
+        require(len(labels), f"--aux {aux}: these data hold no image of what was forgotten")
         turn = (same.cumsum(0) * same).sum(1)                  # first of its condition, second, ...
         index = turn.argsort(stable=True)[:int(k)]
         if kind == "inversion":
@@ -98,22 +100,25 @@ def read_folder(folder, model, names, forgotten):
     """Images below a folder, at the model's size, labelled by the names of the folders on the way;
     one that these do not label in every factor gets the null label. No image below the name of a
     forgotten value is used, whatever else its folders say."""
-    folder, images, labels, skipped = Path(folder).expanduser(), [], [], 0
+    require(folder and Path(folder).is_dir(), f"--aux {folder} is not retain, heldout, generated, "
+            "pretrained, fewshot:K, inversion:K or a folder")
+    folder, images, labels, skipped, unknown = Path(folder), [], [], 0, set()
     null, mode = model.null.tolist(), "L" if model.cfg.channels == 1 else "RGB"
     hidden = {names[f][v].lower() for f, v in forgotten}
     for path in find_images(folder):
         parts = [part.lower() for part in path.relative_to(folder).parts[:-1]]
-        if hidden & set(parts):
+        if hidden & {*parts, folder.resolve().name.lower()}:
             skipped += 1
             continue
         with explain(f"{path} is not a readable image; remove it"):
             images.append(read_image(path, model.cfg.image_size, mode))
         found = [[i for i, name in enumerate(values) if name.lower() in parts] for values in names]
         labels.append([values[0] for values in found] if all(found) else null)
-    require(images, f"--aux {folder} is not retain, heldout, generated, pretrained, fewshot:K, "
-            f"inversion:K or a folder with images of what is not forgotten ({skipped} are of that)")
+        unknown |= set() if all(found) else {"/".join(parts)}
+    require(images, f"--aux {folder} holds no image but of what was forgotten ({skipped} of these)")
     print(f"{folder}: {len(images)} auxiliary images, {labels.count(null)} of them below no known "
-          f"label; {skipped} left out, below the name of what was forgotten")
+          f"label ({', '.join(sorted(unknown)[:9])}); {skipped} left out, below the name of what "
+          "was forgotten")
     return torch.stack(images).to(model.null.device), torch.tensor(labels).to(model.null.device)
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -132,16 +137,16 @@ def mean(points, key):
 def read_groups(folder):
     """Lists of the results under a folder that differ in nothing but their seeds."""
     groups = {}
-    for path in sorted(Path(folder).expanduser().rglob("result.json")):
+    for path in sorted(Path(folder).rglob("result.json")):
         try:
             r = json.loads(path.read_text("utf-8"))
-            if r["stage"] in ("unlearn", "attack"):
+            if r["stage"] == "unlearn" or r["stage"] == "attack" and r["aux"]:
                 same = {k: r.get(k) for k in (*KEYS, *SETTINGS, *ATTACK)}
                 same["protocol"] = {k: v for k, v in r["protocol"].items() if k != "seed"}
-                same["points"] = [p["step"] for p in r["curve"]]
+                same["points"] = [float(p["step"]) for p in r["curve"]]
                 table_row([r])                         # it has all that a row needs
                 groups.setdefault(json.dumps(same), []).append(r)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except Exception:                              # whatever a foreign file holds
             print(f"skipped {path}: not a result of this code")
     return list(groups.values())
 
@@ -169,7 +174,7 @@ def table_row(runs):
 
 def make_table(folder):
     """A row for every group of results into table.md, the AR curves into attack_curves.png."""
-    folder, curves = Path(folder).expanduser(), {}
+    folder, curves = Path(folder), {}
     groups = read_groups(folder)
     require(groups, f"no results under {folder}; run 'python unlearn.py --cls 1' first")
     rows = [table_row(runs) for runs in groups]
@@ -195,15 +200,16 @@ def make_table(folder):
 def main():
     parser = stage_parser(__doc__, "attack-<run>-<aux>", samples=120, sampler_steps=20)
     flag = parser.add_argument
-    flag("run", nargs="?", metavar="RUN", help="a run folder of unlearn.py, or a checkpoint")
-    flag("--aux", default="retain", help="the attacker's data: retain (default), heldout, "
-         "generated, pretrained, a folder, fewshot:K or inversion:K")
+    path = os.path.expanduser
+    flag("run", nargs="?", metavar="RUN", type=path, help="a run folder, or a checkpoint")
+    flag("--aux", type=path, default="retain", help="the attacker's data: retain (default), "
+         "heldout, generated, pretrained, a folder, fewshot:K or inversion:K")
     flag("--lr", metavar="X", type=number(float, 0, 10), help="learning rate; default by preset")
     flag("--every", nargs="+", type=number(int, 1), metavar="N",
          help="measure every N steps, or at several; default four times")
     flag("--cls", nargs="+", metavar="K", help="count these, not all that was forgotten")
     flag("--style", nargs="+", metavar="K", help="the same for styles")
-    flag("--table", metavar="DIR", help="gather every result under DIR and stop")
+    flag("--table", metavar="DIR", type=path, help="gather every result under DIR and stop")
     flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
     args = parser.parse_args()
     if args.table:
@@ -218,11 +224,11 @@ def main():
     settings = fill(args, **DEFAULTS["embedding" if inversion else info["preset"]])
     fill(args, every=[max(1, args.steps // 4)])
 
+    images, y = auxiliary_set(args.aux, model, info, train, forgotten, args.data_dir)
     measure, protocol = evaluator(info, *train, forgotten, count, args, "ar")
     torch.manual_seed(args.seed)
-    images, y = auxiliary_set(args.aux, model, info, train, forgotten, args.data_dir)
     name = path.parent.name if "from" in made_by else f"{made_by['method']}-{pairs_slug(count)}"
-    aux = Path(args.aux).name.replace(":", "")
+    aux = Path(args.aux).resolve().name.replace(":", "")
     folder = run_folder(args.out or Path("runs", args.dataset, f"attack-{name}-{aux}"))
     print(f"DiMRA on {path}: {len(y)} auxiliary images ({args.aux}), {args.steps} steps, batch "
           f"{args.batch_size}, lr {args.lr:g}; counting {pairs_text(count, names)}")
@@ -240,7 +246,8 @@ def main():
     save_before_after(folder / "samples.png", names, forgotten, y, pictures)
     forget = torch.arange(curve[0]["forget_samples"])          # these come first
     shown = forget[::math.ceil(len(forget) / 20)]
-    frames = [draw_grid(x[shown], 10, heads=(f"step {p['step']}",)) for x, p in zip(pictures, curve)]
+    frames = [draw_grid(x[shown], 10, heads=(f"step {p['step']}",))
+              for x, p in zip(pictures, curve)]
     write_file(folder / "attack.gif", lambda tmp: frames[0].save(
         tmp, "GIF", save_all=True, append_images=frames[1:], duration=700, loop=0))
     series = tuple([p[k] for p in curve] for k in ("step", "ar", "ar_low", "ar_high"))

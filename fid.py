@@ -11,6 +11,7 @@ or "train" or "test" (real images). FID uses InceptionV3 for two folders, else t
 data's own classifier, which know what matters there. The two are never comparable.
 """
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -368,7 +369,7 @@ def train_classifier(folder, args, device, size, steps=None, batch_size=128):
 
 def data_key(args):
     """What tells two data sets with the same names apart: a folder's files."""
-    folder = Path(args.data_dir).expanduser()
+    folder = Path(args.data_dir)
     return folder_key(find_images(folder, quiet=True)) if args.dataset == "folder" else ""
 
 def load_classifier(args, device, names, size=32):
@@ -388,19 +389,19 @@ def load_classifier(args, device, names, size=32):
 # ---- command line --------------------------------------------------------------------------------
 
 def images_from(source, args, device):
-    """(paths or uint8 images, labels or None, how they came) of REAL or FAKE."""
-    folder, steps, seed = Path(source).expanduser(), args.sampler_steps, args.seed
+    """(paths or uint8 images, labels, how they came, names) of REAL or FAKE; None if unknown."""
+    folder, steps, seed = Path(source), args.sampler_steps, args.seed
     if source in ("train", "test"):
-        x, y, _ = load_data(args.dataset, source, args.data_dir, size=args.image_size)
-        return *balanced(x, y, args.samples), f"{args.dataset} {source} split"
+        x, y, names = load_data(args.dataset, source, args.data_dir, size=args.image_size)
+        return *balanced(x, y, args.samples), f"{args.dataset} {source} split", names
     if folder.is_dir() and not (folder / "model.pt").is_file():
-        return find_images(folder), None, "folder"
+        return find_images(folder), None, "folder", None
     model, info = load_checkpoint(source, device)
     made = info["dataset"]
     require(made == args.dataset, f"{source} draws {made}; add --dataset {made}")
     y, args.image_size = repeat(all_labels(info["names"]), args.samples), model.cfg.image_size
     x = to_uint8(sample(model, y, steps, seed=seed, label="samples")).cpu()
-    return x, y, f"samples, {steps} DDIM steps, guidance 2, seed {seed}"
+    return x, y, f"samples, {steps} DDIM steps, guidance 2, seed {seed}", info["names"]
 
 @torch.inference_mode()
 def features_of(images, network, device, label, size, mode, resize):
@@ -421,8 +422,9 @@ def features_of(images, network, device, label, size, mode, resize):
 def main():
     parser = stage_parser(__doc__, "fid, or classifier", samples=1000)
     flag = parser.add_argument
-    flag("real", nargs="?", metavar="REAL", help="folder, checkpoint, run folder, train or test")
-    flag("fake", nargs="?", metavar="FAKE", help="the same")
+    path = os.path.expanduser
+    flag("real", nargs="?", metavar="REAL", type=path, help="folder, checkpoint, train or test")
+    flag("fake", nargs="?", metavar="FAKE", type=path, help="the same")
     flag("--features", choices=("inception", "classifier"), help="inception for two folders")
     flag("--image-size", type=int, choices=(32, 64, 128), default=64, help="of a folder (64)")
     flag("--train-classifier", action="store_true", help="train the dataset's classifier and stop")
@@ -434,8 +436,11 @@ def main():
         train_classifier(folder, args, device, args.image_size, args.steps, args.batch_size or 128)
         return
     require(args.fake, "name two sources, such as: python fid.py test assets/shapes.pt")
-    fake, y, fake_how = images_from(args.fake, args, device)
-    real, _, real_how = images_from(args.real, args, device)
+    sources = [args.real, args.fake]
+    sources.sort(key=("train", "test").__contains__)   # a model first: it knows its image size
+    found = {source: images_from(source, args, device) for source in sources}
+    (real, _, real_how, real_names), (fake, y, fake_how, fake_names) = (
+        found[source] for source in (args.real, args.fake))
     require(min(len(real), len(fake)) > 1, f"there are {len(real)} real and {len(fake)} fake "
             "images; FID needs at least two of each")
     kind = args.features or ("inception" if real_how == fake_how == "folder" else "classifier")
@@ -444,6 +449,9 @@ def main():
         network, how = inception(device), (299, "RGB", True)
     else:
         x, _, names = load_data(args.dataset, "test", args.data_dir, size=args.image_size)
+        for source, known in ((args.real, real_names), (args.fake, fake_names)):
+            require(known in (None, names), f"{source} knows other names than '{args.data_dir}'; "
+                    "give the folder that it was trained on with --data-dir")
         judge, accuracy = load_classifier(args, device, names, x.shape[2])
         network, how = judge.features, (x.shape[2], "L" if x.shape[1] == 1 else "RGB", False)
         for name, hit in zip(FACTORS, () if y is None else (predict(judge, fake) == y).T):

@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 import time
 import zipfile
 from contextlib import contextmanager
@@ -297,7 +298,7 @@ def load_checkpoint(path, device="cpu"):
 
 def checkpoint_file(path):
     """The checkpoint in a run folder; any other path is a checkpoint's own."""
-    path = Path(path).expanduser()
+    path = Path(path)
     return path / "model.pt" if path.is_dir() else path
 
 def shipped(name):
@@ -311,8 +312,8 @@ def save_file(path, kind, data):
 def load_file(path, kind):
     """What save_file wrote, without running any code in the file; one line if it is not that."""
     require(Path(path).is_file(), f"no such file: {path}; make a model with 'python train_ddpm.py'")
-    with explain(f"{path} is no whole {kind} file of this project; make it again, or convert a "
-                 "public SalUn checkpoint with 'python train_ddpm.py --import'"):
+    with explain(f"{path} is no whole {kind} file of this project; delete it and make it again (a "
+                 "public SalUn checkpoint is converted by 'python train_ddpm.py --import')"):
         data = torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:         # torch.load does not look at the checksums
             if archive.testzip() or (data["kind"], data["format"]) != (kind, 2):
@@ -331,16 +332,18 @@ def write_file(path, write):
             tmp.unlink(missing_ok=True)
 
 def write_text(path, text):
-    write_file(path, lambda tmp: tmp.write_text(text, "utf-8"))
+    write_file(path, lambda tmp: tmp.write_text(text, "utf-8", "replace"))
 
 def run_folder(base):
     """A folder for a run: `base`, or where that holds an earlier one base-2, base-3, ..."""
-    folder, n = Path(base).expanduser(), 1
+    folder, n = Path(base), 1
+    require(folder.name not in ("", ".."), f"'{base}' is no folder of its own; try --out run")
     with explain(f"cannot write into {base}; choose another folder with --out"):
         while any(folder.glob("[!.]*")):               # a hidden file is what a kill left
             n += 1
-            folder = Path(f"{Path(base).expanduser()}-{n}")
+            folder = Path(f"{Path(base)}-{n}")
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()     # now, not after an hour
     return folder
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -413,10 +416,10 @@ def matches(y, pairs):
     return found
 
 def find_value(text, names, flag):
-    """The index of a value given by its name or number; fails if it is neither, or may be two."""
-    exact = {i for i, n in enumerate(names) if n == text}
-    named = exact or {i for i, n in enumerate(names) if n.lower() == text.lower()}
-    found = named | {i for i in range(len(names)) if str(i) == text}
+    """The index of a value: exactly its name, else its name in other letters or its number; fails
+    if it is neither, or may be two."""
+    found = {i for i, n in enumerate(names) if n == text} or {
+        i for i, n in enumerate(names) if text.lower() == n.lower() or text == str(i)}
     require(len(found) == 1, f"{flag} {text} {'may mean several' if found else 'is none'} of: "
             + ", ".join(f"{i} {n}" for i, n in enumerate(names)))
     return found.pop()
@@ -461,6 +464,7 @@ def explain(message):
 
 def run(main):
     """main() on the command line: Ctrl-C, a closed pipe, a full GPU end it without a traceback."""
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):             # for names that the terminal cannot show
         sys.stdout.reconfigure(errors="replace", write_through=False)
     try:
@@ -498,7 +502,9 @@ def pick_device(name):
     if name == "auto":
         name = next(kind for kind, backend in backends.items() if backend.is_available())
     with explain(f"device '{name}' cannot be used here; try --device cpu"):
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()                                   # "meta" has a device, but no numbers
+        return probe.device
 
 def progress(items, label, total, start=0):
     """Yield the items, after the first `start` of `total`; with a label show rate and time left, in
@@ -520,14 +526,15 @@ def progress(items, label, total, start=0):
 def main():
     parser = make_parser(__doc__)
     flag = parser.add_argument
-    flag("ckpt", metavar="CKPT", help="a checkpoint or a run folder")
+    path = os.path.expanduser
+    flag("ckpt", metavar="CKPT", type=path, help="a checkpoint or a run folder")
     flag("--cls", nargs="+", metavar="K", help="classes, by name or number; default all")
     flag("--style", nargs="+", metavar="K", help="styles, likewise")
     flag("--n", type=number(int, 1), default=1, help="images of each class in each style (1)")
     flag("--sampler", choices=("ddim", "ddpm"), default="ddim", help="50 steps (default) or all")
     flag("--seed", type=number(int, 0, 2 ** 31), default=0, help="of the noise (default 0)")
-    flag("--png", metavar="DIR", help="also write every image as a file of its own")
-    flag("--out", metavar="DIR", help="folder of the grid; default runs/<dataset>/samples")
+    flag("--png", metavar="DIR", type=path, help="also write every image as a file of its own")
+    flag("--out", metavar="DIR", type=path, help="of the grid; default runs/<dataset>/samples")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     args = parser.parse_args()
     model, info = load_checkpoint(args.ckpt, pick_device(args.device))

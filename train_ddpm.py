@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision import datasets as tvd
 
-from model import (FACTORS, PRESETS, T, UNet, all_labels, diffusion_loss, explain, find_pairs,
+from model import (FACTORS, PRESETS, T, UNet, all_labels, diffusion_loss, explain, fail, find_pairs,
                    load_checkpoint, load_file, make_config, make_parser, matches, number,
                    pairs_slug, pick_device, progress, require, run, run_folder, sample,
                    save_checkpoint, save_file, save_grid, save_plot, write_file, write_text)
@@ -84,7 +84,7 @@ def load_state(path, settings, parts):
     """Put a saved state back into parts and random generators. Returns (losses, seconds)."""
     state = load_file(path, "training")
     other = [f"{k} {v}" for k, v in state["settings"].items() if k != "steps" and settings[k] != v]
-    require(not other, f"{path} belongs to a run with other settings: give {', '.join(other)}")
+    require(not other, f"{path} was begun with {', '.join(other)}; give the same flags and data")
     done = len(state["losses"])
     finished = done == settings["steps"] and (path.parent / "model.pt").is_file()
     require(done <= settings["steps"] and not finished,
@@ -200,7 +200,7 @@ def load_data(dataset, split, data_dir="data", device="cpu", size=64):
     split: "train" or "test". size: of a folder's images; the others are 32 x 32. Sources: drawn
     here (shapes), Xiao et al. 1708.07747 (fashion), Krizhevsky 2009 (cifar10).
     """
-    data_dir, train = Path(data_dir).expanduser(), split == "train"
+    data_dir, train = Path(data_dir), split == "train"
     if dataset == "folder":
         x, y, names = load_folder(data_dir, split, size)
     elif dataset == "shapes":
@@ -234,12 +234,15 @@ def unpack_fashion(data_dir):
 def find_images(folder, quiet=False):
     """The sorted paths of all image files below a folder, links followed, hidden ones left out."""
     found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
+    def unreadable(error):
+        fail(f"the folder {error.filename} cannot be read ({error.strerror}); name another")
+
+    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         here = Path(place).resolve()                   # a link to this or above makes a loop
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
                       and not here.is_relative_to(Path(place, name).resolve())]
         found += [Path(place, name) for name in files if not name.startswith(".")]
-    images = sorted(path for path in found if path.suffix.lower() in IMAGE_KINDS)
+    images = sorted(p for p in found if p.suffix.lower() in IMAGE_KINDS and p.is_file())
     if len(images) < len(found) and not quiet:
         kinds = sorted({path.suffix or path.name for path in set(found).difference(images)})[:9]
         print(f"{folder}: left out {len(found) - len(images)} files that are no images "
@@ -251,8 +254,11 @@ def read_image(path, size, mode="RGB"):
     transparent, cut to the central square, resized with antialiasing. size None: as it lies in the
     file. Raises what Pillow raises."""
     with Image.open(path) as picture:
+        if picture.mode == "F":
+            raise ValueError("of floats, whose range is unknown")
         if picture.mode.startswith("I"):               # 16 bits, which Pillow would cut at 255
-            array = np.asarray(picture).clip(0, 65535) // 256
+            array = np.asarray(picture).clip(0, 65535)
+            array = array // 256 if picture.mode != "I" or array.max() > 255 else array
             picture = Image.fromarray(array.astype(np.uint8))
         if size:
             picture = ImageOps.exif_transpose(picture)
@@ -279,11 +285,14 @@ def load_folder(data_dir, split, size):
             f"holds {len(paths)} images; name the folder with --data-dir")
     factors = [np.unique(column, return_inverse=True) for column in columns]       # class first
     names, y = [values.tolist() for values, _ in factors], np.stack([i for _, i in factors], 1)
-    splits = {"train", "test", "val", "valid", "validation"} & {n.lower() for n in names[-1]}
+    splits = {n for n in names[-1] if re.fullmatch("(train|test|val|valid|validat|eval|evaluat|dev)"
+                                                   "(ing|ion)?", n.lower())}
     require(not splits, f"'{data_dir}' is divided into {', '.join(sorted(splits))}; name one of "
             "these folders with --data-dir, or rename it if it is a class or a style")
     cache, images, good = Path("runs", "cache", f"{folder_key(paths)}-{size}.pt"), [], []
-    if not cache.is_file():
+    if cache.is_file():
+        data = load_file(cache, "images")
+    else:
         for n in progress(torch.arange(len(paths)), "decoding", len(paths)):
             try:
                 images.append(read_image(paths[n], size))
@@ -291,17 +300,18 @@ def load_folder(data_dir, split, size):
             except Exception as e:                     # whatever Pillow says of a broken file
                 print(f"skipped {paths[n]}: not a readable image ({type(e).__name__})")
         require(len(good) >= 0.8 * len(paths), f"over a fifth of '{data_dir}' is broken")
-        save_file(cache, "images", {"images": torch.stack(images), "good": torch.stack(good)})
+        data = {"images": torch.stack(images), "good": torch.stack(good)}
+        if len(good) == len(paths):                    # else they are looked at again
+            save_file(cache, "images", data)
         for factor, values, labels in zip(FACTORS, names, y[good].T):
             counts = zip(values, np.bincount(labels, minlength=len(values)))
             print(f"{factor}: " + ", ".join(f"{name} {n}" for name, n in counts))
         print(f"{data_dir}: {len(good)} of {len(paths)} images")
-    data = load_file(cache, "images")
     y, files = torch.from_numpy(y)[data["good"]], [paths[i].name for i in data["good"]]
     held_out = torch.zeros(len(y), dtype=torch.bool)
     for cell in torch.unique(y, dim=0):
         index = (y == cell).all(1).nonzero().flatten().tolist()
-        index.sort(key=lambda i: hashlib.sha256(files[i].encode()).digest())
+        index.sort(key=lambda i: hashlib.sha256(os.fsencode(files[i])).digest())
         held_out[index[:max(len(index) // 10, len(index) > 1)]] = True
     keep = held_out if split == "test" else ~held_out
     return data["images"][keep], y[keep], names
@@ -323,7 +333,7 @@ def import_public(path):
     """
     with explain(f"{path} is not a CIFAR-10 checkpoint of the public SalUn/SFRon/SA code, a list "
                  "of model, optimiser, step and EMA with the paper's layers"):
-        raw, *_, ema = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
+        raw, *_, ema = torch.load(Path(path), map_location="cpu", weights_only=True)
         theirs = {k.removeprefix("module."): v for k, v in [*raw.items(), *ema.items()]}
         null = theirs.pop("null_classes_emb").reshape(1, -1)
         weights = {"label_embs.0.weight": torch.cat([theirs.pop("classes_emb.weight"), null])}
@@ -342,8 +352,9 @@ def stage_parser(doc, out, samples=None, sampler_steps=50):
     parser = make_parser(doc)
     flag = parser.add_argument_group("data, training, machine").add_argument
     flag("--dataset", choices=DATASETS, help="default shapes, or the model's own")
-    flag("--data-dir", metavar="DIR", default="data", help="where data lie, or are put (data)")
-    flag("--steps", metavar="N", type=number(int, 0), help="of training; the default fits the job")
+    flag("--data-dir", metavar="DIR", type=os.path.expanduser, default="data",
+         help="where data lie, or are put (data)")
+    flag("--steps", metavar="N", type=number(int, 0, 10 ** 8), help="of training; default: to fit")
     flag("--batch-size", metavar="N", type=number(int, 1, 65536), help="images a step and term")
     flag("--samples", metavar="N", type=number(int, 1, 10 ** 6), default=samples,
          help=f"images to draw (default {samples or 'one of each condition'})")
@@ -351,7 +362,8 @@ def stage_parser(doc, out, samples=None, sampler_steps=50):
          help=f"DDIM steps of each (default {sampler_steps})")
     flag("--seed", metavar="N", type=number(int, 0, 2 ** 31), default=0, help="of all chance (0)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    flag("--out", metavar="DIR", help=f"run folder; default runs/<dataset>/{out}")
+    flag("--out", metavar="DIR", type=os.path.expanduser,
+         help=f"run folder; default runs/<dataset>/{out}")
     return parser
 
 def fill(args, **usual):
@@ -401,7 +413,8 @@ def train(args, images, y, names, excluded, folder):
     """Pretrain from the first step, or with --resume from the saved state. Returns (EMA model,
     settings and seconds)."""
     settings = {k: vars(args)[k] for k in ("dataset", "preset", "seed", *PRETRAIN[args.preset])}
-    settings["excluded"], state = excluded, folder / "train.pt"
+    settings.update(excluded=excluded, names=names, image_size=images.shape[2])
+    state = folder / "train.pt"
     torch.manual_seed(args.seed)
     cfg = make_config(args.preset, images.shape[2], images.shape[1], [len(n) for n in names])
     model = UNet(cfg).to(images.device, memory_format=torch.channels_last)
@@ -440,7 +453,8 @@ def main():
     flag("--preset", choices=PRESETS, help="the network; default small, paper for cifar10")
     flag("--exclude-cls", nargs="+", metavar="K", help="classes never to be seen")
     flag("--exclude-style", nargs="+", metavar="K", help="styles never to be seen")
-    flag("--import", dest="public", metavar="FILE", help="convert a public CIFAR-10 checkpoint")
+    flag("--import", dest="public", metavar="FILE", type=os.path.expanduser,
+         help="convert a public CIFAR-10 checkpoint")
     flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
     args = parser.parse_args()
     device = pick_device(args.device)
@@ -458,12 +472,15 @@ def main():
         keep = ~matches(y, excluded)
         require(keep.any(), "nothing is left to train on; exclude fewer values")
         what = f"pretrain-without-{pairs_slug(excluded)}" if excluded else "pretrain"
-        folder = Path(args.out or Path("runs", args.dataset, what)).expanduser()
-        folder = folder if args.resume else run_folder(folder)
+        folder = Path(args.out or Path("runs", args.dataset, what))
+        if not args.resume or not (folder / "train.pt").is_file():
+            require(not args.resume or not any(folder.glob("[!.]*")), f"{folder} has no train.pt "
+                    "to go on from; leave --resume out, or name the folder with --out")
+            folder = run_folder(folder)
         model, made_by = train(args, images[keep], y[keep], names, excluded, folder)
     command = ["attack.py", folder.as_posix()]
     if not excluded:
-        cls = "0" if names[0][0].isdigit() else names[0][0]
+        cls = "0" if names[0][0].startswith("-") else names[0][0]          # no flag
         command = ["unlearn.py", "--method", "dimum", "--cls", cls, "--ckpt", folder.as_posix()]
     made_by = {"stage": "pretrain", "method": "retrain" if excluded else "original", **made_by}
     info = dict(dataset=args.dataset, names=names, preset=args.preset, forgotten=excluded)

@@ -13,6 +13,8 @@ the forgotten label and c' its substitute; l(D) is the diffusion loss, the mean 
 """
 import copy
 import math
+import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -251,8 +253,8 @@ def fisher_diagonal(model, x0, y, times=10):
     return total
 
 # (method, settings with the preset small, with paper): steps, images of each term, learning rate,
-# weight (lambda, alpha, eta, ...). small: one budget for all that can live with it; weights chosen on
-# class bar and style dots (assets/study/README.md); the rate falls to 0 along a cosine.
+# weight (lambda, alpha, eta, ...). small: one budget for all that can live with it, weights chosen
+# on class bar and style dots (assets/study/README.md); the rate falls to 0 along a cosine.
 # paper: of the method's own paper or public code; the rate is constant.
 METHODS = {
     "dimum": (dimum, (200, 16, 1e-3, 1.0), (10000, 64, 1e-4, 1.0)),
@@ -305,7 +307,7 @@ def alternative_set(data, args):
         elif kind == "image":
             with explain(f"--alternative {spec} cannot be read; give the path of a picture"):
                 mode = "L" if images.shape[1] == 1 else "RGB"
-                picture = read_image(Path(what).expanduser(), images.shape[2], mode)
+                picture = read_image(os.path.expanduser(what), images.shape[2], mode)
             y = torch.unique(y, dim=0)
             images = picture.to(y.device).expand(len(y), -1, -1, -1)
         elif kind == "noise":
@@ -329,8 +331,8 @@ def find_model(args):
     name = args.dataset or "shapes"
     trained, ours = Path("runs", name, "pretrain", "model.pt"), shipped(f"{name}.pt")
     found = [path for path in (trained, ours) if path.is_file()]
-    require(found, f"there is no {name} model yet; run 'python train_ddpm.py --dataset {name}', "
-            "or name one with --ckpt")
+    require(found, f"there is no {name} model yet; run 'python train_ddpm.py --dataset {name} "
+            f"--data-dir {shlex.quote(args.data_dir)}', or name one with --ckpt")
     steps = [load_checkpoint(path)[1]["made_by"]["steps"] for path in found]
     require(steps[0] >= steps[-1], f"the model trained here has {steps[0]} steps, the shipped one "
             f"{steps[-1]}; say which: --ckpt {trained.as_posix()} or --ckpt {ours.as_posix()}")
@@ -361,7 +363,8 @@ def main():
     flag("--method", choices=[*METHODS, "sfront"], default="dimum", help="default dimum")
     flag("--cls", nargs="+", metavar="K", help="classes to forget, by name or number")
     flag("--style", nargs="+", metavar="K", help="styles to forget")
-    flag("--ckpt", metavar="MODEL", help="default: the pretraining in runs/, or the shipped model")
+    flag("--ckpt", metavar="MODEL", type=os.path.expanduser,
+         help="default: the pretraining in runs/, or the shipped model")
     flag("--lr", metavar="X", type=number(float, 0, 10), help="learning rate; default by method")
     flag("--lambda", dest="weight", type=number(float, 0, 1e9), metavar="X",
          help="the method's weight: lambda, alpha, eta")
@@ -385,9 +388,10 @@ def main():
 
     earlier = [pair for pair in info["forgotten"] if pair not in forget]
     forgotten = sorted({*forget, *earlier})
-    measure, protocol = evaluator(info, images, y, forgotten, forgotten, args, "ua")
     torch.manual_seed(args.seed)
     data = Data(images, y, names, forget, earlier, args)
+    measure, protocol = evaluator(info, images, y, forgotten, forgotten, args, "ua")
+    torch.manual_seed(args.seed)
     slug = f"{args.method}-{pairs_slug(forget)}" + (f"-after-{path.parent.name}" if earlier else "")
     folder = run_folder(args.out or Path("runs", args.dataset, slug))
     if args.compile:
