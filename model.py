@@ -514,7 +514,7 @@ def progress(items, label, total, start=0):
     for n, item in enumerate(items, start + 1):
         yield item
         now = time.time()
-        if label and now - shown > (0.5 if tty else max(5, (now - began) / 5)):
+        if label and now - shown > (0.5 if tty else max(10, (now - began) / 2)):
             shown, rate = now, (n - start) / (now - began)
             loss = "" if item.dim() else f"  loss {item.item():.4f}"
             left = (total - n) / rate / 60
