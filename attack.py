@@ -116,9 +116,9 @@ def read_folder(folder, model, names, forgotten):
         labels.append([values[0] for values in found] if all(found) else null)
         unknown |= set() if all(found) else {"/".join(parts)}
     require(images, f"--aux {folder} holds no image but of what was forgotten ({skipped} of these)")
-    print(f"{folder}: {len(images)} auxiliary images, {labels.count(null)} of them below no known "
-          f"label ({', '.join(sorted(unknown)[:9])}); {skipped} left out, below the name of what "
-          "was forgotten")
+    print(f"{folder}: {len(images)} auxiliary images; {labels.count(null)} get no label, because "
+          f"their folders do not name one of each factor ({', '.join(sorted(unknown)[:9]) or '-'}); "
+          f"{skipped} left out, below the name of what was forgotten")
     return torch.stack(images).to(model.null.device), torch.tensor(labels).to(model.null.device)
 
 # ---- the table -----------------------------------------------------------------------------------
