@@ -13,6 +13,8 @@ Beyond the paper's threat model, with images of what was forgotten:
     python attack.py runs/shapes/dimum-cls1 --aux fewshot:10                    # relearning
     python attack.py runs/shapes/dimum-cls1 --aux inversion:10     # only the label's embedding
 
+Leaves runs/<dataset>/attack-<run>-<aux>/: result.json, curve.png, attack.gif, samples.png, model.pt
+
 Threat model: the attacker holds the unlearned weights and knows how conditions are passed. It has
 no image of what was forgotten. AR is the share of samples of the forgotten condition in which the
 classifier recognises the forgotten value.

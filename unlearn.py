@@ -7,7 +7,7 @@
     python unlearn.py --method dimum --cls 1 --alternative mix --alt-size 50
     python unlearn.py --style neon --ckpt runs/shapes/dimum-cls1     # both are forgotten then
 
-Leaves runs/<dataset>/<method>-cls1/: model.pt, result.json (the metrics before and after), log.csv,
+Leaves runs/<dataset>/<method>-cls1/: model.pt, result.json (the metrics at every point), log.csv,
 loss.png, samples.png (above: before, below: after). D_f is what to forget and D_r what is kept, c_f
 the forgotten label and c' its substitute; l(D) is the diffusion loss, the mean over pixels.
 """

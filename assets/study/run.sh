@@ -34,7 +34,7 @@ _, info = load_checkpoint(attacked)
 column = ("cls", "style").index(factor)
 pair = column, find_value(value, info["names"][column], factor)
 y = all_labels(info["names"])
-y = y[matches(y, [pair])].repeat_interleave(100 // int(matches(y, [pair]).sum()), 0)
+y = y[matches(y, [pair])].repeat_interleave(max(1, 100 // int(matches(y, [pair]).sum())), 0)
 
 def second(run):
     """The share of samples in which the second judge recognises what was forgotten."""
