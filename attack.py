@@ -119,7 +119,7 @@ def read_folder(folder, model, names, forgotten):
         unknown |= set() if all(found) else {"/".join(parts)}
     require(images, f"--aux {folder} holds no image but of what was forgotten ({skipped} of these)")
     print(f"{folder}: {len(images)} auxiliary images; {labels.count(null)} get no label, because "
-          f"their folders do not name one of each factor ({', '.join(sorted(unknown)[:9]) or '-'}); "
+          f"their folders do not name all factors ({', '.join(sorted(unknown)[:9]) or '-'}); "
           f"{skipped} left out, below the name of what was forgotten")
     return torch.stack(images).to(model.null.device), torch.tensor(labels).to(model.null.device)
 

@@ -238,9 +238,10 @@ def find_images(folder, quiet=False):
         fail(f"the folder {error.filename} cannot be read ({error.strerror}); name another")
 
     for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        here = Path(place).resolve()                   # a link to this or above makes a loop
+        here = Path(place).resolve()
+        skip = here, *here.parents, Path("runs").resolve()     # links that loop, and our own runs
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
-                      and not here.is_relative_to(Path(place, name).resolve())]
+                      and Path(place, name).resolve() not in skip]
         found += [Path(place, name) for name in files if not name.startswith(".")]
     images = sorted(p for p in found if p.suffix.lower() in IMAGE_KINDS and p.is_file())
     if len(images) < len(found) and not quiet:
