@@ -69,12 +69,12 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
     conditions, in turn; "fewshot:K", these repeated to be half of all, beside the retained ones.
     """
     device, (images, y), (kind, _, k) = model.null.device, train, aux.partition(":")
-    keep = ~matches(y, forgotten)
     if kind in ("fewshot", "inversion"):
         require(k.isdecimal() and int(k) > 0, f"--aux {aux}: say how many, such as {kind}:10")
+        keep = ~matches(y, forgotten)
         shots, labels = images[~keep], y[~keep]
-        same = (labels[:, None] == torch.unique(labels, dim=0)).all(2)     # (N, conditions)
         require(len(labels), f"--aux {aux}: these data hold no image of what was forgotten")
+        same = (labels[:, None] == torch.unique(labels, dim=0)).all(2)     # (N, conditions)
         turn = (same.cumsum(0) * same).sum(1)                  # first of its condition, second, ...
         index = turn.argsort(stable=True)[:int(k)]
         if kind == "inversion":
@@ -105,15 +105,15 @@ def read_folder(folder, model, names, forgotten):
     require(folder and Path(folder).is_dir(), f"--aux {folder} is not retain, heldout, generated, "
             "pretrained, fewshot:K, inversion:K or a folder")
     folder, images, labels, skipped, unknown = Path(folder), [], [], 0, set()
-    null, mode = model.null.tolist(), "L" if model.cfg.channels == 1 else "RGB"
+    null, own_name = model.null.tolist(), folder.resolve().name.lower()
     hidden = {names[f][v].lower() for f, v in forgotten}
     for path in find_images(folder):
         parts = [part.lower() for part in path.relative_to(folder).parts[:-1]]
-        if hidden & {*parts, folder.resolve().name.lower()}:
+        if hidden & {*parts, own_name}:
             skipped += 1
             continue
         with explain(f"{path} is not a readable image; remove it"):
-            images.append(read_image(path, model.cfg.image_size, mode))
+            images.append(read_image(path, model.cfg.image_size, model.cfg.channels))
         found = [[i for i, name in enumerate(values) if name.lower() in parts] for values in names]
         labels.append([values[0] for values in found] if all(found) else null)
         unknown |= set() if all(found) else {"/".join(parts)}

@@ -404,15 +404,15 @@ def images_from(source, args, device):
     return x, y, f"samples, {steps} DDIM steps, guidance 2, seed {seed}", info["names"]
 
 @torch.inference_mode()
-def features_of(images, network, device, label, size, mode, resize):
+def features_of(images, network, device, label, size, channels, resize):
     """Features (N, D) of paths or uint8 images, batch by batch: they are never all in memory.
     resize: as pytorch-fid does, each by itself, bilinear without antialiasing."""
     def prepare(image):
         if isinstance(image, Path):
             with explain(f"{image} is not a readable image; remove it"):
-                image = read_image(image, None if resize else size, mode)
+                image = read_image(image, None if resize else size, channels)
         x = image[None].float() / 127.5 - 1
-        x = x.mean(1, keepdim=True) if mode == "L" else x.expand(-1, 3, -1, -1)
+        x = x.mean(1, keepdim=True) if channels == 1 else x.expand(-1, channels, -1, -1)
         return F.interpolate(x, (size, size), mode="bilinear")
 
     batches = [images[i:i + 50] for i in range(0, len(images), 50)]
@@ -446,14 +446,14 @@ def main():
     kind = args.features or ("inception" if real_how == fake_how == "folder" else "classifier")
     result, accuracy = {"stage": "fid", "real": args.real, "fake": args.fake}, None
     if kind == "inception":
-        network, how = inception(device), (299, "RGB", True)
+        network, how = inception(device), (299, 3, True)
     else:
         x, _, names = load_data(args.dataset, "test", args.data_dir, size=args.image_size)
         for source, known in ((args.real, real_names), (args.fake, fake_names)):
             require(known in (None, names), f"{source} knows other names than '{args.data_dir}'; "
                     "give the folder that it was trained on with --data-dir")
         judge, accuracy = load_classifier(args, device, names, x.shape[2])
-        network, how = judge.features, (x.shape[2], "L" if x.shape[1] == 1 else "RGB", False)
+        network, how = judge.features, (x.shape[2], x.shape[1], False)
         for name, hit in zip(FACTORS, () if y is None else (predict(judge, fake) == y).T):
             result.update(zip((name, f"{name}_low", f"{name}_high"), share(hit)))
             print(f"{name} recognised: {percent(result, name)} %")
@@ -471,7 +471,7 @@ def main():
                           "classifier_test_accuracy": accuracy}
     folder = run_folder(args.out or Path("runs", args.dataset, "fid"))
     rows = [[x[i * len(x) // 20] for i in range(20)] for x in (real, fake)]
-    shown = features_of(sum(rows, []), nn.Identity(), "cpu", None, 64, "RGB", False)
+    shown = features_of(sum(rows, []), nn.Identity(), "cpu", None, 64, 3, False)
     save_grid(shown, folder / "samples.png", columns=20, scale=1)
     write_text(folder / "result.json", json.dumps({**result, "args": vars(args)}, indent=1))
     print(f"wrote {folder}/result.json and samples.png (above: real, below: fake)")

@@ -341,7 +341,7 @@ def run_folder(base):
     with explain(f"cannot write into {base}; choose another folder with --out"):
         while any(folder.glob("[!.]*")):               # a hidden file is what a kill left
             n += 1
-            folder = Path(f"{Path(base)}-{n}")
+            folder = Path(f"{base}-{n}")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()     # now, not after an hour
     return folder

@@ -566,7 +566,7 @@ def test_two_folders_of_any_size(capsys, monkeypatch):
     pixels = torch.randint(0, 256, (400, 640, 3), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save("large.png")                  # to be resized without antialiasing
     expected = F.interpolate(pixels.permute(2, 0, 1)[None] / 127.5 - 1, (299, 299), mode="bilinear")
-    found = fid.features_of([Path("large.png")] * 2, torch.nn.Identity(), CPU, None, 299, "RGB", True)
+    found = fid.features_of([Path("large.png")] * 2, torch.nn.Identity(), CPU, None, 299, 3, True)
     assert torch.allclose(found, expected.expand(2, -1, -1, -1), atol=1e-5)
     Path("b/30.png").write_bytes(b"broken"), Path("empty").mkdir()
     errors = [refused(capsys, run, fid, words) for words in ("a empty", "a b --features classifier")]

@@ -233,13 +233,14 @@ def unpack_fashion(data_dir):
 
 def find_images(folder, quiet=False):
     """The sorted paths of all image files below a folder, links followed, hidden ones left out."""
-    found = []
+    found, runs = [], Path("runs").resolve()
+
     def unreadable(error):
         fail(f"the folder {error.filename} cannot be read ({error.strerror}); name another")
 
     for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         here = Path(place).resolve()
-        skip = here, *here.parents, Path("runs").resolve()     # links that loop, and our own runs
+        skip = here, *here.parents, runs               # links that loop, and what we wrote
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
                       and Path(place, name).resolve() not in skip]
         found += [Path(place, name) for name in files if not name.startswith(".")]
@@ -250,10 +251,10 @@ def find_images(folder, quiet=False):
               f"({', '.join(kinds)})")
     return images
 
-def read_image(path, size, mode="RGB"):
-    """A picture of any mode as uint8 (C, size, size): turned as its EXIF says, on white where it is
-    transparent, cut to the central square, resized with antialiasing. size None: as it lies in the
-    file. Raises what Pillow raises."""
+def read_image(path, size, channels=3):
+    """A picture of any mode as uint8 (channels, size, size): turned as its EXIF says, on white where
+    it is transparent, cut to the central square, resized with antialiasing. size None: as it lies in
+    the file. Raises what Pillow raises."""
     with Image.open(path) as picture:
         if picture.mode == "F":
             raise ValueError("of floats, whose range is unknown")
@@ -267,7 +268,7 @@ def read_image(path, size, mode="RGB"):
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
             picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.LANCZOS)
-        array = np.array(picture.convert("RGB").convert(mode))
+        array = np.array(picture.convert("RGB").convert("L" if channels == 1 else "RGB"))
     return torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
 
 def folder_key(paths):
@@ -334,7 +335,7 @@ def import_public(path):
     """
     with explain(f"{path} is not a CIFAR-10 checkpoint of the public SalUn/SFRon/SA code, a list "
                  "of model, optimiser, step and EMA with the paper's layers"):
-        raw, *_, ema = torch.load(Path(path), map_location="cpu", weights_only=True)
+        raw, *_, ema = torch.load(path, map_location="cpu", weights_only=True)
         theirs = {k.removeprefix("module."): v for k, v in [*raw.items(), *ema.items()]}
         null = theirs.pop("null_classes_emb").reshape(1, -1)
         weights = {"label_embs.0.weight": torch.cat([theirs.pop("classes_emb.weight"), null])}

@@ -21,7 +21,7 @@ import torch
 
 from fid import evaluator, follow, save_before_after
 from model import (FACTORS, add_noise, antithetic_times, checkpoint_file, diffusion_loss,
-                   drop_labels, explain, find_pairs, find_value, guided_output, load_checkpoint,
+                   drop_labels, explain, find_pairs, find_value, guided_output, load_file,
                    matches, number, pairs_slug, pairs_text, require, run, run_folder, sample,
                    save_plot, shipped, T, to_uint8)
 from train_ddpm import (fill, finish, get_batch, load_run, read_image, stage_parser, write_losses)
@@ -306,8 +306,8 @@ def alternative_set(data, args):
             images, y = images[same], y[same]
         elif kind == "image":
             with explain(f"--alternative {spec} cannot be read; give the path of a picture"):
-                mode = "L" if images.shape[1] == 1 else "RGB"
-                picture = read_image(os.path.expanduser(what), images.shape[2], mode)
+                channels, size = images.shape[1:3]
+                picture = read_image(os.path.expanduser(what), size, channels)
             y = torch.unique(y, dim=0)
             images = picture.to(y.device).expand(len(y), -1, -1, -1)
         elif kind == "noise":
@@ -333,10 +333,12 @@ def find_model(args):
     found = [path for path in (trained, ours) if path.is_file()]
     require(found, f"there is no {name} model yet; run 'python train_ddpm.py --dataset {name} "
             f"--data-dir {shlex.quote(args.data_dir)}', or name one with --ckpt")
-    steps = [load_checkpoint(path)[1]["made_by"]["steps"] for path in found]
-    require(steps[0] >= steps[-1], f"the model trained here has {steps[0]} steps, the shipped one "
-            f"{steps[-1]}; say which: --ckpt {trained.as_posix()} or --ckpt {ours.as_posix()}")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    steps = [load_file(path, "unet")["made_by"]["steps"] for path in found]
+    require(steps[0] >= steps[1], f"the model trained here has {steps[0]} steps, the shipped one "
+            f"{steps[1]}; say which: --ckpt {trained.as_posix()} or --ckpt {ours.as_posix()}")
+    return trained
 
 def check_forget(forget, info, path):
     """One line where there is nothing to forget, nothing would be left, or it is forgotten
@@ -391,7 +393,7 @@ def main():
     torch.manual_seed(args.seed)
     data = Data(images, y, names, forget, earlier, args)
     measure, protocol = evaluator(info, images, y, forgotten, forgotten, args, "ua")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)               # again: a classifier may have been trained
     slug = f"{args.method}-{pairs_slug(forget)}" + (f"-after-{path.parent.name}" if earlier else "")
     folder = run_folder(args.out or Path("runs", args.dataset, slug))
     if args.compile:
