@@ -252,9 +252,9 @@ def find_images(folder, quiet=False):
     return images
 
 def read_image(path, size, channels=3):
-    """A picture of any mode as uint8 (channels, size, size): turned as its EXIF says, on white where
-    it is transparent, cut to the central square, resized with antialiasing. size None: as it lies in
-    the file. Raises what Pillow raises."""
+    """A picture of any mode as uint8 (channels, size, size): turned as its EXIF says, on white
+    where it is transparent, cut to the central square, resized with antialiasing. size None: as it
+    lies in the file. Raises what Pillow raises."""
     with Image.open(path) as picture:
         if picture.mode == "F":
             raise ValueError("of floats, whose range is unknown")
