@@ -109,7 +109,7 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 u, a = map(weights, models)                            # how far both moved, and how much of it back
-moved = u - weights(load_checkpoint(shipped("shapes.pt"))[0])
+moved = u - weights(load_checkpoint(shipped("shapes.pt"))[0]) if "from" in made else u * torch.nan
 line.update(moved=moved.norm(), attack_moved=(a - u).norm(), undone=-(a - u) @ moved / moved.square().sum())
 line = {k: v if k == "lr" or v is None or isinstance(v, (str, int)) else round(float(v), 4) for k, v in line.items()}
 new = not pathlib.Path(path).exists()
