@@ -2,15 +2,14 @@
 # The study on equal terms: how long does forgetting last for what it cost? From the project's folder:
 #
 #     bash assets/study/run.sh                # two jobs at once, a thread each; can be stopped and started
-#     bash assets/study/run.sh tables         # the tables and the figure, from results.csv
+#     bash assets/study/run.sh tables         # the tables and figures, from results.csv
 #     bash assets/study/run.sh cell dimum cls=square 0 low 200 3e-4         # one line of the plan
 #
 # Each run adds a row to results.csv; what has a row is skipped. To rerun a part, name another file in CSV
 # and cut the plan down. Weights and the attack were chosen on class bar and style dots with seed 100
 # (README.md beside this file), never on what is below. What matters most comes first, more seeds last.
 set -e
-export CSV=${CSV:-assets/study/results.csv} OMP_NUM_THREADS=1
-RUNS=runs/study
+export CSV=${CSV:-assets/study/results.csv} RUNS=runs/study OMP_NUM_THREADS=1
 MIDDLE="middle 200 1e-3"
 
 plan() {
@@ -22,6 +21,7 @@ plan() {
         done
     done
     for method in dimum salun sfron; do echo cell $method cls=heart 0 $MIDDLE; done
+    for method in dimum salun sfron; do echo fids $method cls=square; done
     for target in cls=square style=sketch; do
         echo floor $target
         for method in rl ga esd sa finetune swap; do echo cell $method $target 0 $MIDDLE; done
@@ -42,7 +42,7 @@ plan() {
 
 cell() {        # METHOD FACTOR=VALUE SEED BUDGET STEPS RATE MORE...: unlearning, the attack on it, the row
     local name=$1-${2#*=}-$4-$3
-    ! grep -q "^$name," $CSV 2> /dev/null || return 0
+    ! has $name || return 0
     [ -f $RUNS/$name/result.json ] || python unlearn.py --method $1 --$2 --seed $3 --steps $5 --lr $6 \
         --batch-size 16 --samples 60 --out $RUNS/$name "${@:7}"
     if [ $4-$3 = high-0 ]; then attack $name $RUNS/$name $3 3000; else attack $name $RUNS/$name $3 1000; fi
@@ -55,12 +55,22 @@ floor() {       # FACTOR=VALUE: a model that never saw it, and the attack on it
 }
 
 attack() {      # NAME MODEL SEED STEPS MORE...: DiMRA on the retained data, the same for all
-    ! grep -q "^$1," $CSV 2> /dev/null || return 0
+    ! has $1 || return 0
     local out=$RUNS/$1-attack
     [ -f $out/result.json ] || python attack.py $2 --seed $3 --steps $4 --samples 240 --out $out \
         --every 50 100 200 400 700 1000 2000 "${@:5}"
-    row $1 $2 $out
+    numbers row $1 $2 $out
 }
+
+fids() {        # METHOD FACTOR=VALUE: FID and UA while it unlearns at the middle budget
+    local name=$1-${2#*=}-fid
+    ! has $name-200 || return 0
+    [ -f $RUNS/$name/result.json ] || python unlearn.py --method $1 --$2 --samples 600 --out $RUNS/$name \
+        --eval-every 25 50 100
+    numbers points $name $RUNS/$name
+}
+
+has() { grep -q "^$1," $CSV 2> /dev/null; }
 
 judge() {       # the second judge: other seed, twice the width, trained apart
     [ -f $RUNS/judge/model.pt ] || python -c "
@@ -69,55 +79,136 @@ fid.CLASSIFIERS['shapes'] = 48, 3000
 fid.run(fid.main)" --train-classifier --seed 1 --out $RUNS/judge
 }
 
-row() {         # NAME UNLEARNED ATTACKED: 600 samples, both judges, and the curve as a line of the CSV
-    python - "$@" $CSV <<'PYTHON'
-import csv, json, sys, pathlib, torch
+tables() { numbers tables; }
+
+numbers() {
+    python - "$@" <<'PYTHON'
+import csv, json, os, statistics, sys
+from pathlib import Path
 from types import SimpleNamespace
+
+import torch
+
 import fid
-from model import find_value, load_checkpoint, load_file, shipped
+from model import find_value, load_checkpoint, load_file, save_plot, shipped
 from train_ddpm import load_data
 
-name, unlearned, attacked, path = sys.argv[1:]
-data = load_file("runs/study/judge/model.pt", "classifier")
-judge = fid.Classifier(**data["args"]).eval()
-judge.load_state_dict(data["weights"])
-result = json.loads(pathlib.Path(attacked, "result.json").read_text("utf-8"))
-factor, value = result["forget"].split()
-models, info = [load_checkpoint(p)[0] for p in (unlearned, attacked)], load_checkpoint(unlearned)[1]
-column = ("cls", "style").index(factor)
-pair = column, find_value(value, info["names"][column], factor)
-images, y, _ = load_data("shapes", "train")
+CSV, RUNS = Path(os.environ["CSV"]), Path(os.environ["RUNS"])
+POINTS = (0, 50, 100, 200, 300, 400, 700, 1000, 2000, 3000)
+COLUMNS = ["name", "method", "target", "seed", "aux", "steps", "batch_size", "lr", "weight", "alternative", "seconds",
+           "ua", "cls", "style", "fid", "fid_error", "none", "second_ua", "second_cls", "second_style",
+           *(f"ar_{s}" for s in POINTS), "second_ar_end",
+           "end_cls", "end_style", "end_fid", "end_fid_error", "end_none", "moved", "attack_moved", "undone"]
 
-def scored(model, step, samples, retained):
-    """The metrics of both judges, on the same samples."""
-    args = SimpleNamespace(dataset="shapes", data_dir="data", samples=samples, sampler_steps=20, seed=0)
-    measure, _ = fid.evaluator(info, images, y, [pair], [pair], args, "ua")
-    metrics, x, labels = measure(model, step, retained)
-    return metrics, fid.score(x.float() / 127.5 - 1, labels, judge, info["names"], [pair], None)
+def write(line):
+    line = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in line.items()}
+    new = not CSV.exists()
+    with open(CSV, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
 
-(first, second), (_, last) = scored(models[0], 0, 600, True), scored(models[1], 1, 240, False)
-made, curve, end = info["made_by"], {p["step"]: p["ar"] for p in result["curve"]}, result["curve"][-1]
-line = {"name": name, "method": result["method"], "target": result["forget"], "seed": result["attack_seed"],
-        "aux": result["aux"], **{k: made.get(k) for k in ("steps", "batch_size", "lr", "weight", "alternative")},
-        "seconds": json.loads(pathlib.Path(unlearned, "result.json").read_text("utf-8")).get("seconds"),
-        **{k: first[k] for k in ("ua", "cls", "style", "fid", "fid_error", "none")},
-        **{f"second_{k}": second[k] for k in ("ua", "cls", "style")},
-        **{f"ar_{s}": curve.get(s) for s in (0, 50, 100, 200, 400, 700, 1000, 2000, 3000)},
-        "second_ar_end": last["ar"],
-        **{f"end_{k}": end[k] for k in ("cls", "style", "fid", "fid_error", "none")}}
+def result_of(run):
+    return json.loads(Path(run, "result.json").read_text("utf-8"))
+
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-u, a = map(weights, models)                            # how far both moved, and how much of it back
-moved = u - weights(load_checkpoint(shipped("shapes.pt"))[0]) if "from" in made else u * torch.nan
-line.update(moved=moved.norm(), attack_moved=(a - u).norm(), undone=-(a - u) @ moved / moved.square().sum())
-line = {k: v if k == "lr" or v is None or isinstance(v, (str, int)) else round(float(v), 4) for k, v in line.items()}
-new = not pathlib.Path(path).exists()
-with open(path, "a", newline="") as file:
-    writer = csv.DictWriter(file, line)
-    if new:
-        writer.writeheader()
-    writer.writerow(line)
+def row(name, unlearned, attacked):
+    """Both judges on 600 samples of the unlearned model, and the curve of the attack on it."""
+    result, (model, info), (after, _) = result_of(attacked), load_checkpoint(unlearned), load_checkpoint(attacked)
+    factor, value = result["forget"].split()
+    column = ("cls", "style").index(factor)
+    pair = column, find_value(value, info["names"][column], factor)
+    images, y, _ = load_data("shapes", "train")
+    data = load_file(RUNS / "judge/model.pt", "classifier")
+    judge = fid.Classifier(**data["args"]).eval()
+    judge.load_state_dict(data["weights"])
+
+    def scored(model, step, samples, retained):
+        args = SimpleNamespace(dataset="shapes", data_dir="data", samples=samples, sampler_steps=20, seed=0)
+        measure, _ = fid.evaluator(info, images, y, [pair], [pair], args, "ua")
+        metrics, x, labels = measure(model, step, retained)
+        return metrics, fid.score(x.float() / 127.5 - 1, labels, judge, info["names"], [pair], None)
+
+    (first, second), (_, last) = scored(model, 0, 600, True), scored(after, 1, 240, False)
+    made, end = info["made_by"], result["curve"][-1]
+    line = {"name": name, "method": result["method"], "target": result["forget"],
+            "seed": result["attack_seed"], "aux": result["aux"], "seconds": result_of(unlearned).get("seconds"),
+            **{k: made.get(k) for k in ("steps", "batch_size", "lr", "weight", "alternative")},
+            **{k: first[k] for k in ("ua", "cls", "style", "fid", "fid_error", "none")},
+            **{f"second_{k}": second[k] for k in ("ua", "cls", "style")},
+            **{f"ar_{p['step']}": p["ar"] for p in result["curve"]}, "second_ar_end": last["ar"],
+            **{f"end_{k}": end[k] for k in ("cls", "style", "fid", "fid_error", "none")}}
+    if "from" in made:                                 # how far both moved, and how much of it back
+        u, a, original = map(weights, (model, after, load_checkpoint(shipped("shapes.pt"))[0]))
+        moved, back = u - original, a - u
+        line.update(moved=moved.norm().item(), attack_moved=back.norm().item(),
+                    undone=(-back @ moved / moved.square().sum()).item())
+    write(line)
+
+def points(name, run):
+    """A row for each point at which an unlearning was measured."""
+    result = result_of(run)
+    for p in result["curve"]:
+        write({"name": f"{name}-{p['step']}", "method": result["method"], "target": result["forget"],
+               "seed": result["seed"], "steps": p["step"],
+               **{k: p[k] for k in ("ua", "cls", "style", "fid", "fid_error", "none")}})
+
+def half_life(row):
+    """The first point of the attack with AR above 50 %, or None."""
+    return next((s for s in POINTS if row[f"ar_{s}"] != "" and row[f"ar_{s}"] > 0.5), None)
+
+def show(runs, key, scale=100):
+    """The mean, and from lowest to highest where there are several runs."""
+    values = [scale * run[key] for run in runs if run[key] != ""]
+    ends = f" ({min(values):.0f}..{max(values):.0f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{ends}" if values else "-"
+
+def tables():
+    """The results, the second judge beside the first, half_life.png and fid.png."""
+    text = ("name", "method", "target", "aux", "alternative")
+    rows = [{k: float(v) if v and k not in text else v for k, v in row.items()}
+            for row in csv.DictReader(CSV.open(newline=""))]
+    attacked = [row for row in rows if row["ar_1000"] != ""]
+    groups, lives, fids = {}, {}, {}
+    for row in attacked:
+        method, value, *rest = row["name"].split("-")
+        budget, more = (rest + [""])[0], " ".join(rest[2:])
+        groups.setdefault((row["target"], method, budget, more), []).append(row)
+    print("| target | method | budget | more | runs | seconds | UA | class | style | FID | none | AR 100 | AR 400 | AR 1000 "
+          "| half-life | class after | style after | moved | attack moved | undone |\n|" + "---|" * 20)
+    for key, runs in sorted(groups.items()):
+        fid_error = statistics.fmean(run["fid_error"] for run in runs)
+        shares = [show(runs, k) for k in ("none", "ar_100", "ar_400", "ar_1000")]
+        print("| " + " | ".join([*key, str(len(runs)), show(runs, "seconds", 1),
+              *(show(runs, k) for k in ("ua", "cls", "style")), f"{show(runs, 'fid', 1)} +- {fid_error:.0f}", *shares,
+              ", ".join(f"{half_life(run) or '-'}" for run in runs), show(runs, "end_cls"), show(runs, "end_style"),
+              *(show(runs, k, 1) for k in ("moved", "attack_moved", "undone"))]) + " |")
+        if key[2] in ("low", "middle", "high") and not key[3]:
+            steps = [min(half_life(run) or 1000, 1000) for run in runs]
+            lives.setdefault(f"{key[1]} {key[0].split()[1]}", []).append(
+                (1e3 * runs[0]["steps"] * runs[0]["lr"], statistics.fmean(steps), min(steps), max(steps)))
+
+    print("\nBoth judges, the second one after the comma:\n\n| run | UA | class | style | AR at the end |\n|---|---|---|---|---|")
+    for row in attacked:
+        last = [row[f"ar_{s}"] for s in POINTS if row[f"ar_{s}"] != ""][-1]
+        pairs = [(row[k], row[f"second_{k}"]) for k in ("ua", "cls", "style")] + [(last, row["second_ar_end"])]
+        cells = [f"{100 * a:.1f}, {100 * b:.1f}" + " differ" * (abs(a - b) > 0.1) for a, b in pairs]
+        print(f"| {row['name']} | " + " | ".join(cells) + " |")
+
+    for row in rows:
+        if "-fid-" in row["name"]:
+            low, high = row["fid"] - row["fid_error"], row["fid"] + row["fid_error"]
+            fids.setdefault(f"{row['method']} {row['target']}", []).append((row["steps"], row["fid"], low, high))
+    for name, series, title, xlabel in (
+            ("half_life.png", {k: v for k, v in lives.items() if len(v) > 1}, "half-life in attack steps (1000: "
+             "longer than the attack)", "budget of unlearning: steps x rate x 1000"),
+            ("fid.png", fids, "FID of the retained conditions, +- its standard error", "step of unlearning")):
+        save_plot(CSV.parent / name, {k: tuple(zip(*sorted(v))) for k, v in series.items()}, title, xlabel)
+
+globals()[sys.argv[1]](*sys.argv[2:])
 PYTHON
 }
 
