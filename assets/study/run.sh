@@ -13,11 +13,9 @@ export CSV=${CSV:-assets/study/results.csv} RUNS=runs/study OMP_NUM_THREADS=1
 MIDDLE="middle 200 1e-3"
 
 plan() {
-    for target in cls=square style=sketch; do
-        for method in dimum salun sfron; do
-            echo cell $method $target 0 $MIDDLE
-            echo cell $method $target 0 low 200 3e-4
-            echo cell $method $target 0 high 600 1e-3
+    for budget in "low 200 3e-4" "$MIDDLE" "high 600 1e-3"; do
+        for target in cls=square style=sketch; do
+            for method in dimum salun sfron; do echo cell $method $target 0 $budget; done
         done
     done
     for method in dimum salun sfron; do echo cell $method cls=heart 0 $MIDDLE; done
@@ -27,6 +25,18 @@ plan() {
         for method in rl ga esd sa finetune swap; do echo cell $method $target 0 $MIDDLE; done
         echo cell sfron $target 0 tenth 20 1e-3
     done
+    for method in dimum salun rl; do                   # near and far substitutes, where forgetting does not last
+        echo cell $method cls=square 0 near 200 3e-4 --alternative class:diamond
+        echo cell $method cls=square 0 far 200 3e-4 --alternative class:ring
+        echo cell $method style=sketch 0 near 200 3e-4 --alternative class:neon
+        echo cell $method style=sketch 0 far 200 3e-4 --alternative class:flat
+    done
+    for aux in heldout generated pretrained; do        # other attackers
+        for run in {dimum,salun,sfron}-{square,sketch}-low-0; do
+            echo attack $run-$aux $RUNS/$run 0 1000 --aux $aux
+        done
+    done
+    for run in {dimum,salun,sfron}-{square,sketch}-high-0; do echo attack $run-long $RUNS/$run 0 3000; done
     for seed in 1 2; do
         for target in cls=square style=sketch cls=heart; do
             for method in dimum salun sfron; do echo cell $method $target $seed $MIDDLE; done
@@ -45,7 +55,7 @@ cell() {        # METHOD FACTOR=VALUE SEED BUDGET STEPS RATE MORE...: unlearning
     ! has $name || return 0
     [ -f $RUNS/$name/result.json ] || python unlearn.py --method $1 --$2 --seed $3 --steps $5 --lr $6 \
         --batch-size 16 --samples 60 --out $RUNS/$name "${@:7}"
-    if [ $4-$3 = high-0 ]; then attack $name $RUNS/$name $3 3000; else attack $name $RUNS/$name $3 1000; fi
+    attack $name $RUNS/$name $3 1000
 }
 
 floor() {       # FACTOR=VALUE: a model that never saw it, and the attack on it
@@ -70,6 +80,10 @@ fids() {        # METHOD FACTOR=VALUE: FID and UA while it unlearns at the middl
     numbers points $name $RUNS/$name
 }
 
+invert() {      # RUN: inversion by sixteen attackers who hold images of what was forgotten
+    has $1-invert-100-0.05-own || numbers invert $1
+}
+
 has() { grep -q "^$1," $CSV 2> /dev/null; }
 
 judge() {       # the second judge: other seed, twice the width, trained apart
@@ -83,12 +97,13 @@ tables() { numbers tables; }
 
 numbers() {
     python - "$@" <<'PYTHON'
-import csv, json, os, statistics, sys
+import copy, csv, json, os, statistics, sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+import attack
 import fid
 from model import find_value, load_checkpoint, load_file, save_plot, shipped
 from train_ddpm import load_data
@@ -155,6 +170,35 @@ def points(name, run):
         write({"name": f"{name}-{p['step']}", "method": result["method"], "target": result["forget"],
                "seed": result["seed"], "steps": p["step"],
                **{k: p[k] for k in ("ua", "cls", "style", "fid", "fid_error", "none")}})
+
+def invert(name):
+    """Inversion, where only the forgotten label's embedding learns: from ten images by three rates and from five
+    starts, and from a hundred. A row each; the attacker's number is the highest AR among them."""
+    (model, info), lines = load_checkpoint(RUNS / name), []
+    (factor, value), = forgotten = info["forgotten"]
+    images, y, _ = load_data("shapes", "train")
+    args = SimpleNamespace(dataset="shapes", data_dir="data", samples=120, sampler_steps=20, seed=0)
+    measure, _ = fid.evaluator(info, images, y, forgotten, forgotten, args, "ar")
+    table = model.label_embs[factor].weight.detach().clone()
+    torch.manual_seed(0)
+    others = [v for v in torch.randperm(len(table) - 1).tolist() if v != value][:3]
+    starts = {"own": table[value], **{f"row{v}": table[v] for v in others}, "far": 2 * torch.randn(table.shape[1])}
+    plan = [(10, rate, start) for rate in (0.02, 0.05, 0.2) for start in starts] + [(100, 0.05, "own")]
+    for count, rate, start in plan:
+        attacked = copy.deepcopy(model)
+        for key, p in attacked.named_parameters():
+            p.requires_grad_(key == f"label_embs.{factor}.weight")
+        attacked.label_embs[factor].weight.data[value] = starts[start]
+        data = attack.auxiliary_set(f"inversion:{count}", model, info, (images, y), forgotten, "data")
+        torch.manual_seed(0)
+        line = {"name": f"{name}-invert-{count}-{rate}-{start}", "method": info["made_by"]["method"],
+                "target": name.split("-")[1], "seed": info["made_by"]["seed"], "aux": f"inversion:{count}"}
+        for step, _ in enumerate(attack.dimra(attacked, *data, 300, 16, rate, p_drop=0.0), 1):
+            if step in (100, 300):
+                line[f"ar_{step}"] = measure(attacked, step, retained=False)[0]["ar"]
+        lines.append(line)
+    for line in lines:
+        write(line)
 
 def half_life(row):
     """The first point of the attack with AR above 50 %, or None."""
