@@ -390,6 +390,27 @@ def test_saluns_and_esds_targets_are_constants(method, weight, descend, monkeypa
     assert torch.allclose(g / g.norm(), e / e.norm(), atol=1e-4) and not g[2].any()
     assert torch.equal(net.conv_in.weight, first.conv_in.weight) == (method == "esd")
 
+def test_robust_dimum_empties_the_places_that_its_attacker_moves_to(descend, monkeypatch):
+    calls, call, noised, noise = [], torch.func.functional_call, [], unlearn.add_noise
+    monkeypatch.setattr(torch.func, "functional_call", lambda *args: calls.append(args) or call(*args))
+    monkeypatch.setattr(unlearn, "add_noise", lambda *args: noised.append(noise(*args)) or noised[-1])
+    monkeypatch.setattr(unlearn, "diffusion_loss", lambda net, x0, y, p_drop=0.1: constant(
+        net, 7.0 if (y[:, 0] == 1).all() else 2.0))
+    net, first, data, outputs, table = new(), new(), make_data(), [], "label_embs.0.weight"
+    take("dimum-robust", net, data, 0.3, steps=2)
+    (_, rows, (x_t, t, y)), (_, later, _) = calls
+    e, labels = rows[table][5:].detach().requires_grad_(), rows[table][:4]     # the fifth row is the null label
+    for i in range(8):                                                         # each by itself
+        own = {table: torch.cat([first.label_embs[0].weight[:1], e[i:i + 1]])}
+        outputs.append(call(first, own, (x_t[i:i + 1], t[i:i + 1], torch.tensor([[1, y[i, 1]]]))))
+    nearest = (labels[None] - e[:, None]).norm(dim=2).argmin(1)
+    y[:, 0] = torch.where(nearest == 1, 2, nearest)
+    expected = 2 + 0.3 * (7 + (torch.cat(outputs) - first(x_t, t, y)).square().mean())
+    assert descend.call_args_list[0].args[0].item() == pytest.approx(expected.item(), rel=1e-4)
+    attack = (torch.cat(outputs) - noised[0][1])[:4].square().mean()           # down its own loss alone
+    step = torch.tensor([0.05, 0.1, 0.2])[:, None] * torch.autograd.grad(attack, e)[0][1:4].sign()
+    assert torch.allclose(later[table][5:8], (e[1:4] - step).detach(), atol=1e-3)
+
 def test_selective_amnesias_fisher_is_the_mean_of_squared_single_example_gradients():
     net, x0, y, expected = new(), torch.randn(2, 3, 8, 8), torch.tensor([[0, 1], [2, 2]]), 0
     torch.manual_seed(5)

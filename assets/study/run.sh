@@ -25,6 +25,13 @@ plan() {
         for method in rl ga esd sa finetune swap; do echo cell $method $target 0 $MIDDLE; done
         echo cell sfron $target 0 tenth 20 1e-3
     done
+    for target in cls=square style=sketch cls=heart cls=diamond; do          # inversion
+        for method in dimum salun sfron swap; do echo cell $method $target 0 $MIDDLE; done
+        echo floor $target
+        for seed in 0 1 2; do echo cell dimum-robust $target $seed robust 600 1e-3; done
+        for run in {dimum,salun,sfron,swap}-${target#*=}-middle-0 retrain-${target#*=} \
+            dimum-robust-${target#*=}-robust-{0,1,2}; do echo invert $run; done
+    done
     for method in dimum salun rl; do                   # near and far substitutes, where forgetting does not last
         echo cell $method cls=square 0 near 200 3e-4 --alternative class:diamond
         echo cell $method cls=square 0 far 200 3e-4 --alternative class:ring
@@ -105,7 +112,7 @@ import torch
 
 import attack
 import fid
-from model import find_value, load_checkpoint, load_file, save_plot, shipped
+from model import find_value, load_checkpoint, load_file, pairs_text, save_plot, shipped
 from train_ddpm import load_data
 
 CSV, RUNS = Path(os.environ["CSV"]), Path(os.environ["RUNS"])
@@ -192,7 +199,7 @@ def invert(name):
         data = attack.auxiliary_set(f"inversion:{count}", model, info, (images, y), forgotten, "data")
         torch.manual_seed(0)
         line = {"name": f"{name}-invert-{count}-{rate}-{start}", "method": info["made_by"]["method"],
-                "target": name.split("-")[1], "seed": info["made_by"]["seed"], "aux": f"inversion:{count}"}
+                "target": pairs_text(forgotten, info["names"]), "seed": info["made_by"]["seed"], "aux": f"inversion:{count}"}
         for step, _ in enumerate(attack.dimra(attacked, *data, 300, 16, rate, p_drop=0.0), 1):
             if step in (100, 300):
                 line[f"ar_{step}"] = measure(attacked, step, retained=False)[0]["ar"]
@@ -218,29 +225,43 @@ def tables():
     attacked = [row for row in rows if row["ar_1000"] != ""]
     groups, lives, fids = {}, {}, {}
     for row in attacked:
-        method, value, *rest = row["name"].split("-")
-        budget, more = (rest + [""])[0], " ".join(rest[2:])
-        groups.setdefault((row["target"], method, budget, more), []).append(row)
-    print("| target | method | budget | more | runs | seconds | UA | class | style | FID | none | AR 100 | AR 400 | AR 1000 "
-          "| half-life | class after | style after | moved | attack moved | undone |\n|" + "---|" * 20)
+        name = f"{row['method']}-{row['target'].split()[1]}"
+        _, budget, *more = (row["name"].removeprefix(name) + "-").split("-")          # then the seed
+        groups.setdefault((row["target"], row["method"], budget, " ".join(more[1:]).strip()), []).append(row)
+    first, more = [], []
     for key, runs in sorted(groups.items()):
-        fid_error = statistics.fmean(run["fid_error"] for run in runs)
-        shares = [show(runs, k) for k in ("none", "ar_100", "ar_400", "ar_1000")]
-        print("| " + " | ".join([*key, str(len(runs)), show(runs, "seconds", 1),
-              *(show(runs, k) for k in ("ua", "cls", "style")), f"{show(runs, 'fid', 1)} +- {fid_error:.0f}", *shares,
-              ", ".join(f"{half_life(run) or '-'}" for run in runs), show(runs, "end_cls"), show(runs, "end_style"),
-              *(show(runs, k, 1) for k in ("moved", "attack_moved", "undone"))]) + " |")
+        error = statistics.fmean(run["fid_error"] for run in runs)
+        first.append([*key, len(runs), *(show(runs, k) for k in ("ua", "cls", "style")),
+                      f"{show(runs, 'fid', 1)} +- {error:.0f}", *(show(runs, f"ar_{s}") for s in (100, 400, 1000)),
+                      ", ".join(f"{half_life(run) or '-'}" for run in runs)])
+        more.append([*key, show(runs, "seconds", 1), *(show(runs, k) for k in ("none", "end_cls", "end_style")),
+                     *(show(runs, k, 1) for k in ("end_fid", "moved", "attack_moved", "undone"))])
         if key[2] in ("low", "middle", "high") and not key[3]:
             steps = [min(half_life(run) or 1000, 1000) for run in runs]
             lives.setdefault(f"{key[1]} {key[0].split()[1]}", []).append(
                 (1e3 * runs[0]["steps"] * runs[0]["lr"], statistics.fmean(steps), min(steps), max(steps)))
 
-    print("\nBoth judges, the second one after the comma:\n\n| run | UA | class | style | AR at the end |\n|---|---|---|---|---|")
+    for title, table in (
+            ("runs | UA | retained class | retained style | FID | AR 100 | AR 400 | AR 1000 | half-life", first),
+            ("seconds | none | class after the attack | style after | FID after | moved | attack moved | undone", more)):
+        print(f"| target | method | budget | more | {title} |\n|" + "---|" * (len(table[0]) if table else 4))
+        print("".join(f"| {' | '.join(map(str, line))} |\n" for line in table))
+    print("Both judges, the second one after the comma:\n\n| run | UA | class | style | AR at the end |\n|---|---|---|---|---|")
     for row in attacked:
         last = [row[f"ar_{s}"] for s in POINTS if row[f"ar_{s}"] != ""][-1]
         pairs = [(row[k], row[f"second_{k}"]) for k in ("ua", "cls", "style")] + [(last, row["second_ar_end"])]
         cells = [f"{100 * a:.1f}, {100 * b:.1f}" + " differ" * (abs(a - b) > 0.1) for a, b in pairs]
         print(f"| {row['name']} | " + " | ".join(cells) + " |")
+
+    print("\n| run | highest AR of all inversions | by | from ten images at the own row, rate 0.05 |\n|---|---|---|---|")
+    inversions = {}
+    for row in rows:
+        run, _, attacker = row["name"].partition("-invert-")
+        if attacker:
+            inversions.setdefault(run, {})[attacker] = max(row["ar_100"], row["ar_300"])
+    for run, found in inversions.items():
+        best = max(found, key=found.get)
+        print(f"| {run} | {100 * found[best]:.1f} | {best} | {100 * found['10-0.05-own']:.1f} |")
 
     for row in rows:
         if "-fid-" in row["name"]:
