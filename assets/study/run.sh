@@ -112,7 +112,7 @@ import torch
 
 import attack
 import fid
-from model import find_value, load_checkpoint, load_file, pairs_text, save_plot, shipped
+from model import find_value, load_checkpoint, load_file, pairs_text, save_grid, save_plot, shipped
 from train_ddpm import load_data
 
 CSV, RUNS = Path(os.environ["CSV"]), Path(os.environ["RUNS"])
@@ -181,7 +181,7 @@ def points(name, run):
 def invert(name):
     """Inversion, where only the forgotten label's embedding learns: from ten images by three rates and from five
     starts, and from a hundred. A row each; the attacker's number is the highest AR among them."""
-    (model, info), lines = load_checkpoint(RUNS / name), []
+    (model, info), lines, best = load_checkpoint(RUNS / name), [], -1
     (factor, value), = forgotten = info["forgotten"]
     images, y, _ = load_data("shapes", "train")
     args = SimpleNamespace(dataset="shapes", data_dir="data", samples=120, sampler_steps=20, seed=0)
@@ -202,7 +202,11 @@ def invert(name):
                 "target": pairs_text(forgotten, info["names"]), "seed": info["made_by"]["seed"], "aux": f"inversion:{count}"}
         for step, _ in enumerate(attack.dimra(attacked, *data, 300, 16, rate, p_drop=0.0), 1):
             if step in (100, 300):
-                line[f"ar_{step}"] = measure(attacked, step, retained=False)[0]["ar"]
+                metrics, x, _ = measure(attacked, step, retained=False)
+                line[f"ar_{step}"] = metrics["ar"]
+                if metrics["ar"] > best:               # the strongest attacker's samples
+                    best = metrics["ar"]
+                    save_grid(x, RUNS / f"{name}-invert.png", columns=10)
         lines.append(line)
     for line in lines:
         write(line)
