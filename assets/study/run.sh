@@ -273,7 +273,7 @@ def tables():
             fids.setdefault(f"{row['method']} {row['target']}", []).append((row["steps"], row["fid"], low, high))
     for name, series, title, xlabel in (
             ("half_life.png", {k: v for k, v in lives.items() if len(v) > 1}, "half-life in attack steps (1000: "
-             "longer than the attack)", "budget of unlearning: steps x rate x 1000"),
+             "then, or not in the attack)", "budget of unlearning: steps x rate x 1000"),
             ("fid.png", fids, "FID of the retained conditions, +- its standard error", "step of unlearning")):
         save_plot(CSV.parent / name, {k: tuple(zip(*sorted(v))) for k, v in series.items()}, title, xlabel)
 
