@@ -275,7 +275,8 @@ def tables():
             ("half_life.png", {k: v for k, v in lives.items() if len(v) > 1}, "half-life in attack steps (1000: "
              "then, or not in the attack)", "budget of unlearning: steps x rate x 1000"),
             ("fid.png", fids, "FID of the retained conditions, +- its standard error", "step of unlearning")):
-        save_plot(CSV.parent / name, {k: tuple(zip(*sorted(v))) for k, v in series.items()}, title, xlabel)
+        if series:
+            save_plot(CSV.parent / name, {k: tuple(zip(*sorted(v))) for k, v in series.items()}, title, xlabel)
 
 globals()[sys.argv[1]](*sys.argv[2:])
 PYTHON
