@@ -261,7 +261,8 @@ def dimum_robust(model, data, optimizer, args, rates=2 * (0.02, 0.05, 0.1, 0.2),
     any label, or far away. Half of a batch is at these, half at the ends of earlier ones. Our own;
     adversarial training against inversion is AdvUnlearn's (Zhang et al. 2405.15234).
     """
-    require(len(data.forget_pairs) == 1, "dimum-robust forgets one class or style at a time")
+    require(len(data.forget_pairs) == 1, "dimum-robust forgets one class or "
+            "style at a time; forget the next in the model that it leaves, with --ckpt")
     (factor, value), = data.forget_pairs
     table, half = model.label_embs[factor].weight, data.n // 2
 
