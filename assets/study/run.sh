@@ -112,7 +112,7 @@ import torch
 
 import attack
 import fid
-from model import find_value, load_checkpoint, load_file, pairs_text, save_grid, save_plot, shipped
+from model import load_checkpoint, load_file, pairs_text, save_grid, save_plot, shipped
 from train_ddpm import load_data
 
 CSV, RUNS = Path(os.environ["CSV"]), Path(os.environ["RUNS"])
@@ -140,19 +140,16 @@ def weights(model):
 def row(name, unlearned, attacked):
     """Both judges on 600 samples of the unlearned model, and the curve of the attack on it."""
     result, (model, info), (after, _) = result_of(attacked), load_checkpoint(unlearned), load_checkpoint(attacked)
-    factor, value = result["forget"].split()
-    column = ("cls", "style").index(factor)
-    pair = column, find_value(value, info["names"][column], factor)
-    images, y, _ = load_data("shapes", "train")
+    (images, y, _), forgotten = load_data("shapes", "train"), info["forgotten"]
     data = load_file(RUNS / "judge/model.pt", "classifier")
     judge = fid.Classifier(**data["args"]).eval()
     judge.load_state_dict(data["weights"])
 
     def scored(model, step, samples, retained):
         args = SimpleNamespace(dataset="shapes", data_dir="data", samples=samples, sampler_steps=20, seed=0)
-        measure, _ = fid.evaluator(info, images, y, [pair], [pair], args, "ua")
+        measure, _ = fid.evaluator(info, images, y, forgotten, forgotten, args, "ua")
         metrics, x, labels = measure(model, step, retained)
-        return metrics, fid.score(x.float() / 127.5 - 1, labels, judge, info["names"], [pair], None)
+        return metrics, fid.score(x.float() / 127.5 - 1, labels, judge, info["names"], forgotten, None)
 
     (first, second), (_, last) = scored(model, 0, 600, True), scored(after, 1, 240, False)
     made, end = info["made_by"], result["curve"][-1]
@@ -190,17 +187,17 @@ def invert(name):
     torch.manual_seed(0)
     others = [v for v in torch.randperm(len(table) - 1).tolist() if v != value][:3]
     starts = {"own": table[value], **{f"row{v}": table[v] for v in others}, "far": 2 * torch.randn(table.shape[1])}
+    data = {n: attack.auxiliary_set(f"inversion:{n}", model, info, (images, y), forgotten, "data") for n in (10, 100)}
     plan = [(10, rate, start) for rate in (0.02, 0.05, 0.2) for start in starts] + [(100, 0.05, "own")]
     for count, rate, start in plan:
         attacked = copy.deepcopy(model)
         for key, p in attacked.named_parameters():
             p.requires_grad_(key == f"label_embs.{factor}.weight")
         attacked.label_embs[factor].weight.data[value] = starts[start]
-        data = attack.auxiliary_set(f"inversion:{count}", model, info, (images, y), forgotten, "data")
         torch.manual_seed(0)
         line = {"name": f"{name}-invert-{count}-{rate}-{start}", "method": info["made_by"]["method"],
                 "target": pairs_text(forgotten, info["names"]), "seed": info["made_by"]["seed"], "aux": f"inversion:{count}"}
-        for step, _ in enumerate(attack.dimra(attacked, *data, 300, 16, rate, p_drop=0.0), 1):
+        for step, _ in enumerate(attack.dimra(attacked, *data[count], 300, 16, rate, p_drop=0.0), 1):
             if step in (100, 300):
                 metrics, x, _ = measure(attacked, step, retained=False)
                 line[f"ar_{step}"] = metrics["ar"]
@@ -211,9 +208,9 @@ def invert(name):
     for line in lines:
         write(line)
 
-def half_life(row):
-    """The first point of the attack with AR above 50 %, or None."""
-    return next((s for s in POINTS if row[f"ar_{s}"] != "" and row[f"ar_{s}"] > 0.5), None)
+def curve(row):
+    """The points of the attack, as in its result.json."""
+    return [{"step": s, "ar": row[f"ar_{s}"]} for s in POINTS if row[f"ar_{s}"] != ""]
 
 def show(runs, key, scale=100):
     """The mean, and from lowest to highest where there are several runs."""
@@ -234,14 +231,15 @@ def tables():
         groups.setdefault((row["target"], row["method"], budget, " ".join(more[1:]).strip()), []).append(row)
     first, more = [], []
     for key, runs in sorted(groups.items()):
+        halves = [attack.half_life(curve(run)) for run in runs]
         error = statistics.fmean(run["fid_error"] for run in runs)
         first.append([*key, len(runs), *(show(runs, k) for k in ("ua", "cls", "style")),
                       f"{show(runs, 'fid', 1)} +- {error:.0f}", *(show(runs, f"ar_{s}") for s in (100, 400, 1000)),
-                      ", ".join(f"{half_life(run) or '-'}" for run in runs)])
+                      ", ".join(halves)])
         more.append([*key, show(runs, "seconds", 1), *(show(runs, k) for k in ("none", "end_cls", "end_style")),
                      *(show(runs, k, 1) for k in ("end_fid", "moved", "attack_moved", "undone"))])
         if key[2] in ("low", "middle", "high") and not key[3]:
-            steps = [min(half_life(run) or 1000, 1000) for run in runs]
+            steps = [1000 if half == "-" else min(int(half), 1000) for half in halves]
             lives.setdefault(f"{key[1]} {key[0].split()[1]}", []).append(
                 (1e3 * runs[0]["steps"] * runs[0]["lr"], statistics.fmean(steps), min(steps), max(steps)))
 
@@ -252,8 +250,7 @@ def tables():
         print("".join(f"| {' | '.join(map(str, line))} |\n" for line in table))
     print("Both judges, the second one after the comma:\n\n| run | UA | class | style | AR at the end |\n|---|---|---|---|---|")
     for row in attacked:
-        last = [row[f"ar_{s}"] for s in POINTS if row[f"ar_{s}"] != ""][-1]
-        pairs = [(row[k], row[f"second_{k}"]) for k in ("ua", "cls", "style")] + [(last, row["second_ar_end"])]
+        pairs = [(row[k], row[f"second_{k}"]) for k in ("ua", "cls", "style")] + [(curve(row)[-1]["ar"], row["second_ar_end"])]
         cells = [f"{100 * a:.1f}, {100 * b:.1f}" + " differ" * (abs(a - b) > 0.1) for a, b in pairs]
         print(f"| {row['name']} | " + " | ".join(cells) + " |")
 
