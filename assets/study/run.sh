@@ -87,8 +87,8 @@ fids() {        # METHOD FACTOR=VALUE: FID and UA while it unlearns at the middl
     numbers points $name $RUNS/$name
 }
 
-invert() {      # RUN: inversion by sixteen attackers who hold images of what was forgotten
-    has $1-invert-100-0.05-own || numbers invert $1
+invert() {      # RUN: inversion by eighteen attackers who hold images of what was forgotten
+    has $1-invert-10-x_T || numbers invert $1
 }
 
 has() { grep -q "^$1," $CSV 2> /dev/null; }
@@ -112,7 +112,8 @@ import torch
 
 import attack
 import fid
-from model import load_checkpoint, load_file, pairs_text, save_grid, save_plot, shipped
+from model import (ddim_sample, linear_schedule, load_checkpoint, load_file, pairs_text, save_grid, save_plot, shipped,
+                   split_output, T, to_uint8)
 from train_ddpm import load_data
 
 CSV, RUNS = Path(os.environ["CSV"]), Path(os.environ["RUNS"])
@@ -175,9 +176,19 @@ def points(name, run):
                "seed": result["seed"], "steps": p["step"],
                **{k: p[k] for k in ("ua", "cls", "style", "fid", "fid_error", "none")}})
 
+def noise_of(model, x, y, steps=20):
+    """The x_T from which DDIM draws about the images x: its steps the other way, without guidance."""
+    a = [*linear_schedule()[1].tolist(), 1.0]          # a[-1] belongs to x_0
+    times = [-1, *(i * T // steps for i in range(steps))]
+    for before, t in zip(times, times[1:]):
+        x0, eps = split_output(model, model(x, torch.full((len(x),), t), y), x, a[before])
+        x = a[t] ** 0.5 * x0 + (1 - a[t]) ** 0.5 * eps
+    return x
+
 def invert(name):
     """Inversion, where only the forgotten label's embedding learns: from ten images by three rates and from five
-    starts, and from a hundred. A row each; the attacker's number is the highest AR among them."""
+    starts, and from a hundred. A row each; the attacker's number is the highest AR among them. Two more by
+    other ways: the label's MLP learns, too; and images drawn from x_T halfway between the ten's and noise."""
     (model, info), lines, best = load_checkpoint(RUNS / name), [], -1
     (factor, value), = forgotten = info["forgotten"]
     images, y, _ = load_data("shapes", "train")
@@ -186,13 +197,15 @@ def invert(name):
     table = model.label_embs[factor].weight.detach().clone()
     torch.manual_seed(0)
     others = [v for v in torch.randperm(len(table) - 1).tolist() if v != value][:3]
-    starts = {"own": table[value], **{f"row{v}": table[v] for v in others}, "far": 2 * torch.randn(table.shape[1])}
+    starts = {"own": table[value], **{f"row{v}": table[v] for v in others}, "far": 2 * torch.randn(table.shape[1]),
+              "mlp": table[value]}
     data = {n: attack.auxiliary_set(f"inversion:{n}", model, info, (images, y), forgotten, "data") for n in (10, 100)}
-    plan = [(10, rate, start) for rate in (0.02, 0.05, 0.2) for start in starts] + [(100, 0.05, "own")]
-    for count, rate, start in plan:
+    plan = [(10, rate, start) for rate in (0.02, 0.05, 0.2) for start in list(starts)[:5]]
+    for count, rate, start in plan + [(100, 0.05, "own"), (10, 0.003, "mlp")]:
         attacked = copy.deepcopy(model)
+        learns = f"label_embs.{factor}.", *[f"label_mlps.{factor}."] * (start == "mlp")
         for key, p in attacked.named_parameters():
-            p.requires_grad_(key == f"label_embs.{factor}.weight")
+            p.requires_grad_(key.startswith(learns))
         attacked.label_embs[factor].weight.data[value] = starts[start]
         torch.manual_seed(0)
         line = {"name": f"{name}-invert-{count}-{rate}-{start}", "method": info["made_by"]["method"],
@@ -205,6 +218,16 @@ def invert(name):
                     best = metrics["ar"]
                     save_grid(x, RUNS / f"{name}-invert.png", columns=10)
         lines.append(line)
+
+    x, labels = data[10][0].float() / 127.5 - 1, data[10][1]
+    judge, _ = fid.load_classifier(args, images.device, info["names"])
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        noise, y = noise_of(model.eval(), x, labels).repeat(4, 1, 1, 1), labels.repeat(4, 1)
+        x = ddim_sample(model, (noise + torch.randn_like(noise)) / 2 ** 0.5, y, 2.0, 20)
+    save_grid(to_uint8(x), RUNS / f"{name}-x_T.png", columns=10)
+    metrics = fid.score(x.clamp(-1, 1), y, judge, info["names"], forgotten, None)
+    lines.append({**lines[0], "name": f"{name}-invert-10-x_T", "ar_100": None, "ar_300": metrics["ar"]})
     for line in lines:
         write(line)
 
@@ -254,15 +277,18 @@ def tables():
         cells = [f"{100 * a:.1f}, {100 * b:.1f}" + " differ" * (abs(a - b) > 0.1) for a, b in pairs]
         print(f"| {row['name']} | " + " | ".join(cells) + " |")
 
-    print("\n| run | highest AR of all inversions | by | from ten images at the own row, rate 0.05 |\n|---|---|---|---|")
+    print("\n| run | highest AR of sixteen inversions | by | from ten images at the own row, rate 0.05 | the label's MLP learns, "
+          "too | from x_T near the images' |\n|---|---|---|---|---|---|")
     inversions = {}
     for row in rows:
         run, _, attacker = row["name"].partition("-invert-")
         if attacker:
-            inversions.setdefault(run, {})[attacker] = max(row["ar_100"], row["ar_300"])
-    for run, found in inversions.items():
+            inversions.setdefault(run, {})[attacker] = max(row["ar_100"] or 0, row["ar_300"])
+    for run, found in sorted(inversions.items()):
+        others = [found.pop("10-0.003-mlp"), found.pop("10-x_T")]
         best = max(found, key=found.get)
-        print(f"| {run} | {100 * found[best]:.1f} | {best} | {100 * found['10-0.05-own']:.1f} |")
+        shares = " | ".join(f"{100 * share:.1f}" for share in (found["10-0.05-own"], *others))
+        print(f"| {run} | {100 * found[best]:.1f} | {best} | {shares} |")
 
     for row in rows:
         if "-fid-" in row["name"]:
