@@ -397,15 +397,20 @@ def test_robust_dimum_empties_the_places_that_its_attacker_moves_to(descend, mon
     monkeypatch.setattr(unlearn, "diffusion_loss", lambda net, x0, y, p_drop=0.1: constant(
         net, 7.0 if (y[:, 0] == 1).all() else 2.0))
     net, first, data, outputs, table = new(), new(), make_data(), [], "label_embs.0.weight"
-    take("dimum-robust", net, data, 0.3, steps=2)
+    places = []
+    net.label_mlps[0].register_forward_hook(lambda mlp, e, out: places.extend(e if len(e[0]) == 512 else ()))
+    take("dimum-robust", net, data, 0.5, steps=2)
     (_, rows, (x_t, t, y)), (_, later, _) = calls
     e, labels = rows[table][5:].detach().requires_grad_(), rows[table][:4]     # the fifth row is the null label
     for i in range(8):                                                         # each by itself
         own = {table: torch.cat([first.label_embs[0].weight[:1], e[i:i + 1]])}
         outputs.append(call(first, own, (x_t[i:i + 1], t[i:i + 1], torch.tensor([[1, y[i, 1]]]))))
-    nearest = (labels[None] - e[:, None]).norm(dim=2).argmin(1)
-    y[:, 0] = torch.where(nearest == 1, 2, nearest)
-    expected = 2 + 0.3 * (7 + (torch.cat(outputs) - first(x_t, t, y)).square().mean())
+    nearest = (labels[None] - torch.cat([e, places[0]])[:, None]).norm(dim=2).argmin(1)
+    nearest = torch.where(nearest == 1, 2, nearest)
+    before, y[:, 0] = first.label_mlps[0](labels)[[0, 2, 2, 3]], nearest[:8]
+    calm = (first.label_mlps[0](places[0]) - before[nearest[8:]]).square().mean() / before.var(0).mean()
+    expected = 2 + 0.5 * (7 + (torch.cat(outputs) - first(x_t, t, y)).square().mean()) + 0.3 * calm
+    assert (places[0] != places[1]).all() and places[0].std() > 1
     assert descend.call_args_list[0].args[0].item() == pytest.approx(expected.item(), rel=1e-4)
     attack = (torch.cat(outputs) - noised[0][1])[:4].square().mean()           # down its own loss alone
     step = torch.tensor([0.05, 0.1, 0.2])[:, None] * torch.autograd.grad(attack, e)[0][1:4].sign()

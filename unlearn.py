@@ -252,37 +252,47 @@ def fisher_diagonal(model, x0, y, times=10):
     model.train()
     return total
 
-def dimum_robust(model, data, optimizer, args, rates=2 * (0.02, 0.05, 0.1, 0.2), turn=12):
-    """DiMUM against inversion: while an attacker's embeddings e learn to draw D_f, the network also
-    learns lambda * MSE(network(x_t, e), network(x_t, the nearest label, or c')) on the same noised
-    D_f: a place where it is drawn is emptied as soon as it is found.
+def dimum_robust(model, data, optimizer, args, rates=2 * (0.02, 0.05, 0.1, 0.2), turn=25):
+    """DiMUM against inversion, where an attacker moves the forgotten label's embedding. Let q(e) be
+    the label nearest to an embedding e, or c' for c_f. Besides DiMUM's, two terms: anywhere the
+    label's MLP gives what it gave at q(e) before unlearning (in shares of its variance over labels),
+    so that there is little between labels; and at embeddings e that learn to draw D_f meanwhile,
+    lambda * MSE(network(x_t, e), network(x_t, q(e))) on the same noised D_f.
 
-    Every `turn` steps one of the embeddings, which have a rate each, starts anew: near c_f, near
-    any label, or far away. Half of a batch is at these, half at the ends of earlier ones. Our own;
-    adversarial training against inversion is AdvUnlearn's (Zhang et al. 2405.15234).
+    Each of these has a rate of its own; in turn, one starts anew every `turn` steps. Half of a batch
+    is at these, half at the ends of earlier ones. Our own; adversarial training against inversion
+    is AdvUnlearn's (Zhang et al. 2405.15234).
     """
     require(len(data.forget_pairs) == 1, "dimum-robust forgets one class or "
             "style at a time; forget the next in the model that it leaves, with --ckpt")
     (factor, value), = data.forget_pairs
-    table, half = model.label_embs[factor].weight, data.n // 2
+    table, mlp, half = model.label_embs[factor].weight, model.label_mlps[factor], data.n // 2
+    with torch.no_grad():
+        before = mlp(table[:-1])
+        before[value] = before[data.substitutes[factor, value]]
 
-    def start():
-        places = table[value], table[torch.randint(len(table), ())], torch.zeros_like(table[0])
-        kind = int(torch.randint(len(places), ()))
-        return (places[kind] + (0.3, 0.3, 2.0)[kind] * torch.randn_like(table[0])).detach()
+    def nearest(e):
+        return torch.cdist(e, table[:-1]).argmin(1)
 
-    live, past = [start().requires_grad_() for _ in rates], [start()]
+    def anywhere(n):
+        labels = table[torch.randint(len(before), (n,))].detach()
+        scale = 0.1 * 60 ** torch.rand_like(labels[:, :1])                     # 0.1 to 6
+        return labels + scale * torch.randn_like(labels)
+
+    live, past = [e.requires_grad_() for e in anywhere(len(rates))], list(anywhere(1))
     attacker = torch.optim.Adam([{"params": [e], "lr": lr} for e, lr in zip(live, rates)])
     for step in range(args.steps):
         keep = diffusion_loss(model, *data.retain()).mean()
         memorise = diffusion_loss(model, *data.alternative(), p_drop=0).mean()
+        e = anywhere(512)
+        calm = (mlp(e) - before[nearest(e)]).square().mean() / before.var(0).mean()
         x0, y = data.forget()
         t = antithetic_times(len(x0), x0.device)
         x_t, target = add_noise(model, x0, t, torch.randn_like(x0))
         e = [live[(step + i) % len(live)] for i in range(half)]
         e = torch.stack(e + [past[i] for i in torch.randint(len(past), (len(y) - half,))])
         with torch.no_grad():
-            y[:, factor] = torch.cdist(e, table[:-1]).argmin(1)
+            y[:, factor] = nearest(e)
             wanted = model(x_t, t, data.replaced(y))
         y[:, factor] = torch.arange(len(table), len(table) + len(y))           # rows of their own
         rows = {f"label_embs.{factor}.weight": torch.cat([table, e])}
@@ -291,11 +301,12 @@ def dimum_robust(model, data, optimizer, args, rates=2 * (0.02, 0.05, 0.1, 0.2),
         (output - target)[:half].square().mean().backward(inputs=live, retain_graph=True)
         attacker.step()
         empty = (output - wanted).square().mean()
-        yield descend(keep + args.weight * (memorise + empty), model, optimizer)
+        loss = keep + args.weight * (memorise + empty) + 0.3 * calm
+        yield descend(loss, model, optimizer)
         if step % turn == turn - 1:
             e = live[step // turn % len(live)]
             past.append(e.detach().clone())
-            e.data = start()
+            e.data = anywhere(1)[0]
             attacker.state.pop(e, None)
 
 # (method, settings with the preset small, with paper): steps, images of each term, learning rate,
