@@ -54,7 +54,7 @@ def dimra(model, images, y, steps, batch_size, lr, p_drop=0.1, flip=False):
 
 DEFAULTS = {
     "paper": dict(steps=5000, batch_size=128, lr=1e-4),        # our reading of its setting
-    "small": dict(steps=300, batch_size=32, lr=1e-3),  # the strongest found on shapes against SFRon
+    "small": dict(steps=300, batch_size=32, lr=1e-3),  # chosen in assets/study/README.md
     "embedding": dict(steps=200, batch_size=16, lr=0.05),      # for inversion
 }
 

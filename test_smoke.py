@@ -391,13 +391,12 @@ def test_saluns_and_esds_targets_are_constants(method, weight, descend, monkeypa
     assert torch.equal(net.conv_in.weight, first.conv_in.weight) == (method == "esd")
 
 def test_robust_dimum_empties_the_places_that_its_attacker_moves_to(descend, monkeypatch):
-    calls, call, noised, noise = [], torch.func.functional_call, [], unlearn.add_noise
+    calls, call, noised, noise, places = [], torch.func.functional_call, [], unlearn.add_noise, []
     monkeypatch.setattr(torch.func, "functional_call", lambda *args: calls.append(args) or call(*args))
     monkeypatch.setattr(unlearn, "add_noise", lambda *args: noised.append(noise(*args)) or noised[-1])
     monkeypatch.setattr(unlearn, "diffusion_loss", lambda net, x0, y, p_drop=0.1: constant(
         net, 7.0 if (y[:, 0] == 1).all() else 2.0))
     net, first, data, outputs, table = new(), new(), make_data(), [], "label_embs.0.weight"
-    places = []
     net.label_mlps[0].register_forward_hook(lambda mlp, e, out: places.extend(e if len(e[0]) == 512 else ()))
     take("dimum-robust", net, data, 0.5, steps=2)
     (_, rows, (x_t, t, y)), (_, later, _) = calls

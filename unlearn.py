@@ -255,13 +255,14 @@ def fisher_diagonal(model, x0, y, times=10):
 def dimum_robust(model, data, optimizer, args, rates=2 * (0.02, 0.05, 0.1, 0.2), turn=25):
     """DiMUM against inversion, where an attacker moves the forgotten label's embedding. Let q(e) be
     the label nearest to an embedding e, or c' for c_f. Besides DiMUM's, two terms: anywhere the
-    label's MLP gives what it gave at q(e) before unlearning (in shares of its variance over labels),
-    so that there is little between labels; and at embeddings e that learn to draw D_f meanwhile,
-    lambda * MSE(network(x_t, e), network(x_t, q(e))) on the same noised D_f.
+    label's MLP gives what it gave at q(e) before unlearning (0.3 times the squared error, in shares
+    of its variance over labels), so that there is little between labels; and at embeddings e that
+    learn to draw D_f meanwhile, lambda * MSE(network(x_t, e), network(x_t, q(e))) on the same
+    noised D_f.
 
-    Each of these has a rate of its own; in turn, one starts anew every `turn` steps. Half of a batch
-    is at these, half at the ends of earlier ones. Our own; adversarial training against inversion
-    is AdvUnlearn's (Zhang et al. 2405.15234).
+    Each of these has a rate of its own; in turn, one starts anew every `turn` steps. Half of a
+    batch is at these, half at the ends of earlier ones. Our own; adversarial training against
+    inversion is AdvUnlearn's (Zhang et al. 2405.15234).
     """
     require(len(data.forget_pairs) == 1, "dimum-robust forgets one class or "
             "style at a time; forget the next in the model that it leaves, with --ckpt")
@@ -284,8 +285,8 @@ def dimum_robust(model, data, optimizer, args, rates=2 * (0.02, 0.05, 0.1, 0.2),
     for step in range(args.steps):
         keep = diffusion_loss(model, *data.retain()).mean()
         memorise = diffusion_loss(model, *data.alternative(), p_drop=0).mean()
-        e = anywhere(512)
-        calm = (mlp(e) - before[nearest(e)]).square().mean() / before.var(0).mean()
+        places = anywhere(512)
+        calm = (mlp(places) - before[nearest(places)]).square().mean() / before.var(0).mean()
         x0, y = data.forget()
         t = antithetic_times(len(x0), x0.device)
         x_t, target = add_noise(model, x0, t, torch.randn_like(x0))

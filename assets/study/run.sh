@@ -197,18 +197,19 @@ def invert(name):
     table = model.label_embs[factor].weight.detach().clone()
     torch.manual_seed(0)
     others = [v for v in torch.randperm(len(table) - 1).tolist() if v != value][:3]
-    starts = {"own": table[value], **{f"row{v}": table[v] for v in others}, "far": 2 * torch.randn(table.shape[1]),
-              "mlp": table[value]}
+    starts = {"own": table[value], **{f"row{v}": table[v] for v in others}, "far": 2 * torch.randn(table.shape[1])}
     data = {n: attack.auxiliary_set(f"inversion:{n}", model, info, (images, y), forgotten, "data") for n in (10, 100)}
-    plan = [(10, rate, start) for rate in (0.02, 0.05, 0.2) for start in list(starts)[:5]]
-    for count, rate, start in plan + [(100, 0.05, "own"), (10, 0.003, "mlp")]:
+    label = f"label_embs.{factor}.",
+    plan = {f"10-{rate}-{start}": (10, rate, start, label) for rate in (0.02, 0.05, 0.2) for start in starts}
+    plan["100-0.05-own"] = 100, 0.05, "own", label
+    plan["10-0.003-mlp"] = 10, 0.003, "own", (*label, f"label_mlps.{factor}.")
+    for attacker, (count, rate, start, learns) in plan.items():
         attacked = copy.deepcopy(model)
-        learns = f"label_embs.{factor}.", *[f"label_mlps.{factor}."] * (start == "mlp")
         for key, p in attacked.named_parameters():
             p.requires_grad_(key.startswith(learns))
         attacked.label_embs[factor].weight.data[value] = starts[start]
         torch.manual_seed(0)
-        line = {"name": f"{name}-invert-{count}-{rate}-{start}", "method": info["made_by"]["method"],
+        line = {"name": f"{name}-invert-{attacker}", "method": info["made_by"]["method"],
                 "target": pairs_text(forgotten, info["names"]), "seed": info["made_by"]["seed"], "aux": f"inversion:{count}"}
         for step, _ in enumerate(attack.dimra(attacked, *data[count], 300, 16, rate, p_drop=0.0), 1):
             if step in (100, 300):
