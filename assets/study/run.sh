@@ -215,9 +215,9 @@ def invert(name):
             if step in (100, 300):
                 metrics, x, _ = measure(attacked, step, retained=False)
                 line[f"ar_{step}"] = metrics["ar"]
-                if metrics["ar"] > best:               # the strongest attacker's samples
+                if metrics["ar"] > best and learns == label:     # samples of the strongest of the sixteen
                     best = metrics["ar"]
-                    save_grid(x, RUNS / f"{name}-invert.png", columns=10)
+                    save_grid(x[::4], CSV.parent / f"{name}-invert.png", columns=10)
         lines.append(line)
 
     x, labels = data[10][0].float() / 127.5 - 1, data[10][1]
