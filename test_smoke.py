@@ -395,14 +395,14 @@ def test_robust_dimum_empties_the_outputs_that_its_attacker_moves_to(descend, mo
     monkeypatch.setattr(unlearn, "add_noise", lambda *args: noised.append((args[2], *noise(*args))) or noised[-1][1:])
     monkeypatch.setattr(unlearn, "diffusion_loss", lambda net, x0, y, p_drop=0.1: constant(
         net, 7.0 if (y[:, 0] == 1).all() else 2.0))
-    net, first, data, stack, styles = new(), new(), make_data(), torch.stack, []
+    net, first, data, stack, batches = new(), new(), make_data(), torch.stack, []
     forget = data.forget
-    monkeypatch.setattr(data, "forget", lambda: styles.append(forget()) or styles[-1])
+    monkeypatch.setattr(data, "forget", lambda: batches.append(forget()) or batches[-1])
     monkeypatch.setattr(torch, "stack", lambda o: outputs.append(stack(o)) or outputs[-1])
     take("dimum-robust", net, data, 0.5, steps=2)
     monkeypatch.undo()
     o, later = (o.detach() for o in outputs if o.requires_grad)
-    (t, x_t, target), style = noised[0], styles[0][1][:, 1]
+    (t, x_t, target), style = noised[0], batches[0][1][:, 1]
     labels = first.label_mlps[0](first.label_embs[0].weight[:4]).detach()      # the fifth row is the null label
     nearest = (labels[None] - o[:, None]).norm(dim=2).argmin(1)
     assert len(o) == 8 and (nearest == 1).any() and (nearest != 1).any()
