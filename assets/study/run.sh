@@ -262,8 +262,8 @@ def tables():
                       ", ".join(halves)])
         more.append([*key, show(runs, "seconds", 1), *(show(runs, k) for k in ("none", "end_cls", "end_style")),
                      *(show(runs, k, 1) for k in ("end_fid", "moved", "attack_moved", "undone"))])
-        if key[2] in ("low", "middle", "high") and not key[3] and "0" not in halves:     # 0: was not forgotten
-            steps = [1000 if half == "-" else min(int(half), 1000) for half in halves]
+        steps = [1000 if half == "-" else min(int(half), 1000) for half in halves if half != "0"]
+        if key[2] in ("low", "middle", "high") and not key[3] and steps:       # without what was not forgotten
             lives.setdefault(f"{key[1]} {key[0].split()[1]}", []).append(
                 (1e3 * runs[0]["steps"] * runs[0]["lr"], statistics.fmean(steps), min(steps), max(steps)))
 
