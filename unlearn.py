@@ -254,9 +254,9 @@ def fisher_diagonal(model, x0, y, times=10):
 
 def dimum_robust(model, data, optimizer, args, rates=2 * (0.02, 0.05, 0.1, 0.2), turn=25):
     """DiMUM against inversion, where an attacker moves the forgotten label's embedding: besides
-    DiMUM's terms, lambda * MSE(network(x_t, o), network(x_t, label nearest to o, or c' for c_f))
-    on noised D_f, at outputs o of the label's MLP that learn to draw D_f meanwhile: any embedding's
-    output is one that these could become.
+    DiMUM's terms, lambda * MSE(network(x_t, o), frozen first model(x_t, label nearest to o, or c'
+    for c_f)) on noised D_f, at outputs o of the label's MLP that learn to draw D_f meanwhile: any
+    embedding's output is one that these could become.
 
     Each o has a rate of its own, in shares of the spread over labels; in turn, one starts anew
     every `turn` steps. Our own; adversarial training against inversion is AdvUnlearn's (Zhang et
@@ -266,6 +266,7 @@ def dimum_robust(model, data, optimizer, args, rates=2 * (0.02, 0.05, 0.1, 0.2),
             "style at a time; forget the next in the model that it leaves, with --ckpt")
     (factor, _), = data.forget_pairs
     table, mlp = model.label_embs[factor].weight, model.label_mlps[factor]
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
     with torch.no_grad():
         labels = mlp(table[:-1])
     spread = labels.var(0).mean().sqrt().item()
@@ -285,7 +286,7 @@ def dimum_robust(model, data, optimizer, args, rates=2 * (0.02, 0.05, 0.1, 0.2),
         o = torch.stack([live[(step + i) % len(live)] for i in range(len(y))])
         with torch.no_grad():
             y[:, factor] = torch.cdist(o, mlp(table[:-1])).argmin(1)
-            wanted = model(x_t, t, data.replaced(y))
+            wanted = frozen(x_t, t, data.replaced(y))
         hook = mlp.register_forward_hook(lambda *_: o)
         output = model.forward(x_t, t, y)      # not model(...): compiled code would skip the hook
         hook.remove()
