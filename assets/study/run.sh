@@ -23,9 +23,9 @@ plan() {
     for target in cls=square style=sketch; do
         echo floor $target
         for method in rl sa finetune swap; do echo cell $method $target 0 $MIDDLE; done
-        for method in ga esd; do echo cell $method $target 0 middle 200 3e-4; done         # 1e-3 ruins the model
+        for method in ga esd; do echo cell $method $target 0 middle 200 3e-4; done         # the rate chosen for them
         echo cell sfron $target 0 tenth 20 1e-3
-        echo cell sfron $target 0 gentle 600 3e-4                                          # as high does
+        echo cell sfron $target 0 gentle 600 3e-4                    # in place of high
     done
     for target in cls=square style=sketch cls=heart cls=diamond; do          # inversion
         for method in dimum salun sfron swap; do echo cell $method $target 0 $MIDDLE; done
@@ -52,13 +52,9 @@ plan() {
         done
     done
     for target in cls=square style=sketch; do
-        for method in dimum salun sfron; do
-            echo cell $method $target 1 low 200 3e-4
-            case $method in
-                sfron) echo cell sfron $target 1 gentle 600 3e-4 ;;
-                *) echo cell $method $target 1 high 600 1e-3 ;;
-            esac
-        done
+        for method in dimum salun sfron; do echo cell $method $target 1 low 200 3e-4; done
+        for method in dimum salun; do echo cell $method $target 1 high 600 1e-3; done
+        echo cell sfron $target 1 gentle 600 3e-4
     done
 }
 
