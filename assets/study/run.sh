@@ -113,11 +113,11 @@ import torch
 
 import attack
 import fid
-from model import (ddim_sample, linear_schedule, load_checkpoint, load_file, pairs_text, save_grid, save_plot, shipped,
-                   split_output, T, to_uint8)
+from model import (ddim_sample, linear_schedule, load_checkpoint, load_file, pairs_text, pick_device, save_grid, save_plot,
+                   shipped, split_output, T, to_uint8)
 from train_ddpm import load_data
 
-CSV, RUNS = Path(os.environ["CSV"]), Path(os.environ["RUNS"])
+CSV, RUNS, DEVICE = Path(os.environ["CSV"]), Path(os.environ["RUNS"]), pick_device("auto")
 POINTS = (0, 50, 100, 200, 300, 400, 700, 1000, 2000, 3000)
 COLUMNS = ["name", "method", "target", "seed", "aux", "steps", "batch_size", "lr", "weight", "alternative", "seconds",
            "ua", "cls", "style", "fid", "fid_error", "none", "second_ua", "second_cls", "second_style",
@@ -141,10 +141,11 @@ def weights(model):
 
 def row(name, unlearned, attacked):
     """Both judges on 600 samples of the unlearned model, and the curve of the attack on it."""
-    result, (model, info), (after, _) = result_of(attacked), load_checkpoint(unlearned), load_checkpoint(attacked)
-    (images, y, _), forgotten = load_data("shapes", "train"), info["forgotten"]
+    result, (model, info) = result_of(attacked), load_checkpoint(unlearned, DEVICE)
+    after, _ = load_checkpoint(attacked, DEVICE)
+    (images, y, _), forgotten = load_data("shapes", "train", device=DEVICE), info["forgotten"]
     data = load_file(RUNS / "judge/model.pt", "classifier")
-    judge = fid.Classifier(**data["args"]).eval()
+    judge = fid.Classifier(**data["args"]).to(DEVICE).eval()
     judge.load_state_dict(data["weights"])
 
     def scored(model, step, samples, retained):
@@ -163,7 +164,7 @@ def row(name, unlearned, attacked):
             **{f"ar_{p['step']}": p["ar"] for p in result["curve"]}, "second_ar_end": last["ar"],
             **{f"end_{k}": end[k] for k in ("cls", "style", "fid", "fid_error", "none")}}
     if "from" in made:                                 # how far both moved, and how much of it back
-        u, a, original = map(weights, (model, after, load_checkpoint(shipped("shapes.pt"))[0]))
+        u, a, original = map(weights, (model, after, load_checkpoint(shipped("shapes.pt"), DEVICE)[0]))
         moved, back = u - original, a - u
         line.update(moved=moved.norm().item(), attack_moved=back.norm().item(),
                     undone=(-back @ moved / moved.square().sum()).item())
@@ -182,7 +183,7 @@ def noise_of(model, x, y, steps=20):
     a = [*linear_schedule()[1].tolist(), 1.0]          # a[-1] belongs to x_0
     times = [-1, *(i * T // steps for i in range(steps))]
     for before, t in zip(times, times[1:]):
-        x0, eps = split_output(model, model(x, torch.full((len(x),), t), y), x, a[before])
+        x0, eps = split_output(model, model(x, torch.full((len(x),), t, device=x.device), y), x, a[before])
         x = a[t] ** 0.5 * x0 + (1 - a[t]) ** 0.5 * eps
     return x
 
@@ -190,9 +191,9 @@ def invert(name):
     """Inversion, where only the forgotten label's embedding learns: from ten images by three rates and from five
     starts, and from a hundred. A row each; the attacker's number is the highest AR among them. Two more by
     other ways: the label's MLP learns, too; and images drawn from x_T halfway between the ten's and noise."""
-    (model, info), lines, best = load_checkpoint(RUNS / name), [], -1
+    (model, info), lines, best = load_checkpoint(RUNS / name, DEVICE), [], -1
     (factor, value), = forgotten = info["forgotten"]
-    images, y, _ = load_data("shapes", "train")
+    images, y, _ = load_data("shapes", "train", device=DEVICE)
     args = SimpleNamespace(dataset="shapes", data_dir="data", samples=120, sampler_steps=20, seed=0)
     measure, _ = fid.evaluator(info, images, y, forgotten, forgotten, args, "ar")
     table = model.label_embs[factor].weight.detach().clone()
@@ -228,7 +229,7 @@ def invert(name):
         noise, y = noise_of(model.eval(), x, labels).repeat(4, 1, 1, 1), labels.repeat(4, 1)
         x = ddim_sample(model, (noise + torch.randn_like(noise)) / 2 ** 0.5, y, 2.0, 20)
     save_grid(to_uint8(x), RUNS / f"{name}-x_T.png", columns=10)
-    metrics = fid.score(x.clamp(-1, 1), y, judge, info["names"], forgotten, None)
+    metrics = fid.score(x.clamp(-1, 1).cpu(), y.cpu(), judge, info["names"], forgotten, None)
     lines.append({**lines[0], "name": f"{name}-invert-10-x_T", "ar_100": None, "ar_300": metrics["ar"]})
     for line in lines:
         write(line)
