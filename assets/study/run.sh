@@ -13,49 +13,36 @@ export CSV=${CSV:-assets/study/results.csv} RUNS=runs/study OMP_NUM_THREADS=1
 MIDDLE="middle 200 1e-3"
 
 plan() {
-    for budget in "low 200 3e-4" "$MIDDLE" "high 600 1e-3"; do
-        for target in cls=square style=sketch; do
+    for target in cls=square style=sketch; do
+        for budget in "low 200 3e-4" "$MIDDLE" "high 600 1e-3"; do
             for method in dimum salun sfron; do echo cell $method $target 0 $budget; done
         done
+        echo cell sfron $target 0 tenth 20 1e-3
+        echo cell sfron $target 0 gentle 600 3e-4                    # the rate that it can live with, in place of high
+        for method in rl sa finetune swap; do echo cell $method $target 0 $MIDDLE; done
+        for method in ga esd; do echo cell $method $target 0 middle 200 3e-4; done         # the rate chosen for them
+        echo floor $target
     done
     for method in dimum salun sfron; do echo cell $method cls=heart 0 $MIDDLE; done
     for method in dimum salun sfron; do echo fids $method cls=square; done
-    for target in cls=square style=sketch; do
-        echo floor $target
-        for method in rl sa finetune swap; do echo cell $method $target 0 $MIDDLE; done
-        for method in ga esd; do echo cell $method $target 0 middle 200 3e-4; done         # the rate chosen for them
-        echo cell sfron $target 0 tenth 20 1e-3
-        echo cell sfron $target 0 gentle 600 3e-4                    # in place of high
+    for method in dimum salun; do                                    # another seed, where forgetting does not last
+        for target in cls=square style=sketch; do echo cell $method $target 1 low 200 3e-4; done
     done
-    for target in cls=square style=sketch cls=heart cls=diamond; do          # inversion
-        for method in dimum salun sfron swap; do echo cell $method $target 0 $MIDDLE; done
-        echo floor $target
-        for seed in 0 1 2; do echo cell dimum-robust $target $seed robust 600 1e-3; done
-        for run in {dimum,salun,sfron,swap}-${target#*=}-middle-0 retrain-${target#*=} \
-            dimum-robust-${target#*=}-robust-{0,1,2}; do echo invert $run; done
-    done
-    for method in dimum salun rl; do                   # near and far substitutes, where forgetting does not last
-        echo cell $method cls=square 0 near 200 3e-4 --alternative class:diamond
-        echo cell $method cls=square 0 far 200 3e-4 --alternative class:ring
-        echo cell $method style=sketch 0 near 200 3e-4 --alternative class:neon
+    for target in cls=square style=sketch; do echo cell dimum $target 1 high 600 1e-3; done
+
+    for target in cls=square style=sketch cls=heart; do echo cell dimum-robust $target 0 robust 600 1e-3; done
+    for run in {dimum,salun,sfron,swap}-{square,sketch}-middle-0 retrain-{square,sketch} \
+        dimum-heart-middle-0 dimum-robust-{square,sketch,heart}-robust-0; do echo invert $run; done
+
+    for method in dimum salun; do                                    # a substitute further away: low has neon
         echo cell $method style=sketch 0 far 200 3e-4 --alternative class:flat
     done
-    for aux in heldout generated pretrained; do        # other attackers
-        for run in {dimum,salun,sfron}-{square,sketch}-low-0; do
-            echo attack $run-$aux $RUNS/$run 0 1000 --aux $aux
+    for aux in heldout generated pretrained; do                      # other attackers
+        for method in dimum salun; do
+            echo attack $method-sketch-low-0-$aux $RUNS/$method-sketch-low-0 0 1000 --aux $aux
         done
     done
-    for run in {dimum,salun,sfron}-{square,sketch}-high-0; do echo attack $run-long $RUNS/$run 0 3000; done
-    for seed in 1 2; do
-        for target in cls=square style=sketch cls=heart; do
-            for method in dimum salun sfron; do echo cell $method $target $seed $MIDDLE; done
-        done
-    done
-    for target in cls=square style=sketch; do
-        for method in dimum salun sfron; do echo cell $method $target 1 low 200 3e-4; done
-        for method in dimum salun; do echo cell $method $target 1 high 600 1e-3; done
-        echo cell sfron $target 1 gentle 600 3e-4
-    done
+    for run in salun-square-high-0 {dimum,salun}-sketch-high-0; do echo attack $run-long $RUNS/$run 0 3000; done
 }
 
 cell() {        # METHOD FACTOR=VALUE SEED BUDGET STEPS RATE MORE...: unlearning, the attack on it, the row
