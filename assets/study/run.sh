@@ -20,7 +20,7 @@ plan() {
         echo cell sfron $target 0 tenth 20 1e-3
         echo cell sfron $target 0 gentle 600 3e-4                    # the rate that it can live with, in place of high
         for method in rl sa finetune swap; do echo cell $method $target 0 $MIDDLE; done
-        for method in ga esd; do echo cell $method $target 0 middle 200 3e-4; done         # the rate chosen for them
+        for method in ga esd; do echo cell $method $target 0 low 200 3e-4; done
         echo floor $target
     done
     for method in dimum salun sfron; do echo cell $method cls=heart 0 $MIDDLE; done
@@ -252,7 +252,7 @@ def tables():
         more.append([*key, show(runs, "seconds", 1), *(show(runs, k) for k in ("none", "end_cls", "end_style")),
                      *(show(runs, k, 1) for k in ("end_fid", "moved", "attack_moved", "undone"))])
         steps = [1000 if half == "-" else min(int(half), 1000) for half in halves if half != "0"]
-        if key[2] in ("low", "middle", "gentle", "high") and not key[3] and steps:       # without what was not forgotten
+        if key[2] in ("low", "middle", "high") and not key[3] and steps:       # without what was not forgotten
             lives.setdefault(f"{key[1]} {key[0].split()[1]}", []).append(
                 (1e3 * runs[0]["steps"] * runs[0]["lr"], statistics.fmean(steps), min(steps), max(steps)))
 
@@ -284,9 +284,11 @@ def tables():
         if "-fid-" in row["name"]:
             low, high = row["fid"] - row["fid_error"], row["fid"] + row["fid_error"]
             fids.setdefault(f"{row['method']} {row['target']}", []).append((row["steps"], row["fid"], low, high))
+    lives = {k: [(x + 4 * i, *(y - 6 * i for y in ys)) for x, *ys in v]                 # apart, so that all are seen
+             for i, (k, v) in enumerate((k, v) for k, v in lives.items() if len(v) > 1)}
     for name, series, title, xlabel in (
-            ("half_life.png", {k: v for k, v in lives.items() if len(v) > 1}, "half-life in attack steps (1000: "
-             "then, or not in the attack)", "budget of unlearning: steps x rate x 1000"),
+            ("half_life.png", lives, "half-life in attack steps (1000: then, or not in the attack; lines 6 apart)",
+             "budget of unlearning: steps x rate x 1000"),
             ("fid.png", fids, "FID of the retained conditions, +- its standard error", "step of unlearning")):
         if series:
             save_plot(CSV.parent / name, {k: tuple(zip(*sorted(v))) for k, v in series.items()}, title, xlabel)
