@@ -7,7 +7,7 @@
 #
 # Each run adds a row to results.csv; what has a row is skipped. To rerun a part, name another file in CSV
 # and cut the plan down. Weights and the attack were chosen on class bar and style dots with seed 100
-# (README.md beside this file), never on what is below. What matters most comes first, more seeds last.
+# (README.md beside this file), never on what is below.
 set -e
 export CSV=${CSV:-assets/study/results.csv} RUNS=runs/study OMP_NUM_THREADS=1
 MIDDLE="middle 200 1e-3"
@@ -284,8 +284,9 @@ def tables():
         if "-fid-" in row["name"]:
             low, high = row["fid"] - row["fid_error"], row["fid"] + row["fid_error"]
             fids.setdefault(f"{row['method']} {row['target']}", []).append((row["steps"], row["fid"], low, high))
-    lives = {k: [(x + 4 * i, *(y - 6 * i for y in ys)) for x, *ys in v]                 # apart, so that all are seen
-             for i, (k, v) in enumerate((k, v) for k, v in lives.items() if len(v) > 1)}
+    lives = {name: points for name, points in lives.items() if len(points) > 1}
+    for i, points in enumerate(lives.values()):                      # apart, so that all are seen
+        points[:] = [(x + 4 * i, *(y - 6 * i for y in ys)) for x, *ys in points]
     for name, series, title, xlabel in (
             ("half_life.png", lives, "half-life in attack steps (1000: then, or not in the attack; lines 6 apart)",
              "budget of unlearning: steps x rate x 1000"),
