@@ -389,7 +389,7 @@ def save_plot(path, series, title, xlabel, top=None):
     for i in range(6):
         x, y = 60 + 108 * i, 372 - 67.6 * i
         draw.line([(60, y), (600, y)], fill="#dddddd")
-        draw.text((8, y - 6), f"{y_max * i / 5:.3g}", fill="black")
+        draw.text((8, y - 6), f"{y_max * i / 5:.4g}", fill="black")
         draw.text((x - 10, 378), f"{x_max * i / 5:.0f}", fill="black")
     for i, (name, (xs, ys, *band)) in enumerate(series.items()):
         color = COLORS[i % len(COLORS)]

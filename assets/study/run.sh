@@ -287,12 +287,12 @@ def tables():
     lives = {name: points for name, points in lives.items() if len(points) > 1}
     for i, points in enumerate(lives.values()):                      # apart, so that all are seen
         points[:] = [(x + 4 * i, *(y - 6 * i for y in ys)) for x, *ys in points]
-    for name, series, title, xlabel in (
+    for name, series, title, xlabel, top in (
             ("half_life.png", lives, "half-life in attack steps (1000: then, or not in the attack; lines 6 apart)",
-             "budget of unlearning: steps x rate x 1000"),
-            ("fid.png", fids, "FID of the retained conditions, +- its standard error", "step of unlearning")):
+             "budget of unlearning: steps x rate x 1000", 1000),
+            ("fid.png", fids, "FID of the retained conditions, +- its standard error", "step of unlearning", None)):
         if series:
-            save_plot(CSV.parent / name, {k: tuple(zip(*sorted(v))) for k, v in series.items()}, title, xlabel)
+            save_plot(CSV.parent / name, {k: tuple(zip(*sorted(v))) for k, v in series.items()}, title, xlabel, top)
 
 globals()[sys.argv[1]](*sys.argv[2:])
 PYTHON
