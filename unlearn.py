@@ -252,54 +252,6 @@ def fisher_diagonal(model, x0, y, times=10):
     model.train()
     return total
 
-def dimum_robust(model, data, optimizer, args, rates=2 * (0.02, 0.05, 0.1, 0.2), turn=25):
-    """DiMUM against inversion, where an attacker moves the forgotten label's embedding: besides
-    DiMUM's terms, lambda * MSE(network(x_t, o), frozen first model(x_t, label nearest to o, or c'
-    for c_f)) on noised D_f, at outputs o of the label's MLP that learn to draw D_f meanwhile: any
-    embedding's output is one that these could become.
-
-    Each o has a rate of its own, in shares of the spread over labels; in turn, one starts anew
-    every `turn` steps. Our own; adversarial training against inversion is AdvUnlearn's (Zhang et
-    al. 2405.15234).
-    """
-    require(len(data.forget_pairs) == 1, "dimum-robust forgets one class or "
-            "style at a time; forget the next in the model that it leaves, with --ckpt")
-    (factor, _), = data.forget_pairs
-    table, mlp = model.label_embs[factor].weight, model.label_mlps[factor]
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    with torch.no_grad():
-        labels = mlp(table[:-1])
-    spread = labels.var(0).mean().sqrt().item()
-
-    def start():
-        o = labels[torch.randint(len(labels), ())]
-        return o + 0.1 * 30 ** torch.rand(()).item() * spread * torch.randn_like(o)     # 0.1 to 3
-
-    live = [start().requires_grad_() for _ in rates]
-    attacker = torch.optim.Adam([{"params": [o], "lr": r * spread} for o, r in zip(live, rates)])
-    for step in range(args.steps):
-        keep = diffusion_loss(model, *data.retain()).mean()
-        memorise = diffusion_loss(model, *data.alternative(), p_drop=0).mean()
-        x0, y = data.forget()
-        t = antithetic_times(len(x0), x0.device)
-        x_t, target = add_noise(model, x0, t, torch.randn_like(x0))
-        o = torch.stack([live[(step + i) % len(live)] for i in range(len(y))])
-        with torch.no_grad():
-            y[:, factor] = torch.cdist(o, mlp(table[:-1])).argmin(1)
-            wanted = frozen(x_t, t, data.replaced(y))
-        hook = mlp.register_forward_hook(lambda *_: o)
-        output = model.forward(x_t, t, y)      # not model(...): compiled code would skip the hook
-        hook.remove()
-        attacker.zero_grad()
-        (output - target).square().mean().backward(inputs=live, retain_graph=True)
-        attacker.step()
-        empty = (output - wanted).square().mean()
-        yield descend(keep + args.weight * (memorise + empty), model, optimizer)
-        if step % turn == turn - 1:
-            o = live[step // turn % len(live)]
-            o.data = start()
-            attacker.state.pop(o, None)
-
 # (method, settings with the preset small, with paper): steps, images of each term, learning rate,
 # weight (lambda, alpha, eta, ...). small: one budget for all that can live with it, weights chosen
 # on class bar and style dots (assets/study/README.md); the rate falls to 0 along a cosine.
@@ -314,7 +266,6 @@ METHODS = {
     "rl": (rl, (200, 16, 1e-3, 3e-3), (1000, 128, 1e-4, 1e-3)),
     "finetune": (finetune, (200, 16, 1e-3, 1.0), (1000, 128, 1e-4, 1.0)),
     "swap": (swap, (0, 16, 1e-3, 1.0), (0, 128, 1e-4, 1.0)),
-    "dimum-robust": (dimum_robust, (600, 16, 1e-3, 1.0), (10000, 64, 1e-4, 1.0)),
 }
 
 # ---- what is learned instead ---------------------------------------------------------------------

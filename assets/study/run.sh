@@ -30,9 +30,9 @@ plan() {
     done
     for target in cls=square style=sketch; do echo cell dimum $target 1 high 600 1e-3; done
 
-    for target in cls=square style=sketch cls=heart; do echo cell dimum-robust $target 0 robust 600 1e-3; done
-    for run in {dimum,salun,sfron,swap}-{square,sketch}-middle-0 retrain-{square,sketch} \
-        dimum-heart-middle-0 dimum-robust-{square,sketch,heart}-robust-0; do echo invert $run; done
+    for run in {dimum,salun,sfron,swap}-{square,sketch}-middle-0 dimum-heart-middle-0 retrain-{square,sketch}; do
+        echo invert $run                                             # dimum-robust's: see README.md
+    done
 
     for method in dimum salun; do                                    # a substitute further away: low has neon
         echo cell $method style=sketch 0 far 200 3e-4 --alternative class:flat
@@ -42,7 +42,9 @@ plan() {
             echo attack $method-sketch-low-0-$aux $RUNS/$method-sketch-low-0 0 1000 --aux $aux
         done
     done
-    for run in salun-square-high-0 {dimum,salun}-sketch-high-0; do echo attack $run-long $RUNS/$run 0 3000; done
+    for run in salun-square-high-0 {dimum,salun}-sketch-high-0 dimum-sketch-high-1; do                  # three times as long
+        echo attack $run-long $RUNS/$run ${run##*-} 3000
+    done
 }
 
 cell() {        # METHOD FACTOR=VALUE SEED BUDGET STEPS RATE MORE...: unlearning, the attack on it, the row
