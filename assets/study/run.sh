@@ -42,9 +42,7 @@ plan() {
             echo attack $method-sketch-low-0-$aux $RUNS/$method-sketch-low-0 0 1000 --aux $aux
         done
     done
-    for run in salun-square-high-0 {dimum,salun}-sketch-high-0 dimum-sketch-high-1; do                  # three times as long
-        echo attack $run-long $RUNS/$run ${run##*-} 3000
-    done
+    for run in salun-square-high-0 {dimum,salun}-sketch-high-0; do echo attack $run-long $RUNS/$run 0 3000; done
 }
 
 cell() {        # METHOD FACTOR=VALUE SEED BUDGET STEPS RATE MORE...: unlearning, the attack on it, the row
@@ -66,6 +64,7 @@ attack() {      # NAME MODEL SEED STEPS MORE...: DiMRA on the retained data, the
     local out=$RUNS/$1-attack
     [ -f $out/result.json ] || python attack.py $2 --seed $3 --steps $4 --samples 240 --out $out \
         --every 50 100 200 400 700 1000 2000 "${@:5}"
+    judge
     numbers row $1 $2 $out
 }
 
