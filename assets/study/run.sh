@@ -42,7 +42,9 @@ plan() {
             echo attack $method-sketch-low-0-$aux $RUNS/$method-sketch-low-0 0 1000 --aux $aux
         done
     done
-    for run in salun-square-high-0 {dimum,salun}-sketch-high-0; do echo attack $run-long $RUNS/$run 0 3000; done
+    for run in salun-square-high-0 {dimum,salun}-sketch-high-0 dimum-sketch-high-1; do
+        echo attack $run-long $RUNS/$run ${run##*-} 3000
+    done
 }
 
 cell() {        # METHOD FACTOR=VALUE SEED BUDGET STEPS RATE MORE...: unlearning, the attack on it, the row
