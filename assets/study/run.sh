@@ -303,7 +303,7 @@ PYTHON
 
 mkdir -p $RUNS
 if [ $# = 0 ]; then
-    judge
+    judge                                             # now, before two jobs want it at once
     plan | xargs -L 1 -P ${JOBS:-2} bash $0
 else
     "$@"
