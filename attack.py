@@ -10,52 +10,84 @@
 
 Beyond the paper's threat model, with images of what was forgotten:
 
-    python attack.py runs/shapes/dimum-cls1 --aux fewshot:10                    # relearning
-    python attack.py runs/shapes/dimum-cls1 --aux inversion:10     # only the label's embedding
+    python attack.py runs/shapes/dimum-cls1 --aux fewshot:10       # ten, beside the retained data
+    python attack.py runs/shapes/dimum-cls1 --attack inversion     # only the label's embedding learns
 
-Leaves runs/<dataset>/attack-<run>-<aux>/: result.json, curve.png, attack.gif, samples.png, model.pt
+Leaves runs/<dataset>/<attack>-<run>-<aux>/: model.pt, result.json, attack.png (before, unlearned,
+attacked), attack.gif, curve.png, samples.png, log.csv, loss.png.
 
 Threat model: the attacker holds the unlearned weights and knows how conditions are passed. It has
 no image of what was forgotten. AR is the share of samples of the forgotten condition in which the
 classifier recognises the forgotten value.
 """
+import itertools
 import json
 import math
 import os
-import statistics
 from pathlib import Path
 
 import torch
 
-from fid import evaluator, fid_text, follow, percent, save_before_after
-from model import (all_labels, checkpoint_file, diffusion_loss, draw_grid, explain, find_pairs,
-                   load_checkpoint, matches, number, pairs_slug, pairs_text, require, run,
-                   run_folder, sample, save_plot, to_uint8, write_file, write_text)
-from train_ddpm import (fill, find_images, finish, get_batch, load_data, load_run, read_image,
-                        stage_parser, write_losses)
+from fid import (draw_samples, fid_text, percent, prepare_evaluation, save_before_after,
+                 train_and_measure)
+from model import (all_labels, checkpoint_file, diffusion_loss, draw_grid, explain,
+                   find_pairs, load_checkpoint, matches, number, pairs_slug, pairs_text, require,
+                   run, run_folder, sample, save_grid, save_plot, say, to_uint8,
+                   write_file, write_text)
+from train_ddpm import (UNREADABLE, descend, find_images, get_batch, load_data, load_run,
+                        read_image, save_result, say_next, set_defaults, stage_parser,
+                        write_losses)
 
-def dimra(model, images, y, steps, batch_size, lr, p_drop=0.1, flip=False):
-    """DiMRA: train the unlearned model, what of it requires a gradient, on auxiliary images uint8
-    (N, C, H, W) with labels y (N, F) by the ordinary diffusion loss; yield each step's loss.
+class AttackData:
+    """The attacker's images uint8 (N, C, H, W) and labels (N, F) as random batches. targets: the
+    forgotten (factor, value) pairs that the attack is to bring back."""
+    def __init__(self, images, y, targets, args):
+        self.images, self.y = images, y
+        self.targets = targets
+        self.n = args.batch_size
+        self.flip = args.dataset == "cifar10"
+
+    def auxiliary(self):
+        return get_batch(self.images, self.y, self.n, self.flip)
+
+# ---- the attacks: generators like the methods of unlearn.py --------------------------------------
+
+def dimra(model, data, optimizer, args):
+    """DiMRA: minimise l(auxiliary data), the ordinary diffusion loss: fine-tuning, nothing else.
 
     Source: Yuan et al. 2512.03564. Its optimiser and learning rate were not at hand: Adam,
     clipping at norm 1 and label dropout 0.1, as in pretraining, are our reading.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(params, lr, fused=True)
-    model.train()
-    for _ in range(steps):
-        loss = diffusion_loss(model, *get_batch(images, y, batch_size, flip), p_drop).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        yield loss.detach()
+    for _ in range(args.steps):
+        loss = diffusion_loss(model, *data.auxiliary()).mean()
+        yield descend(loss, model, optimizer)
 
-DEFAULTS = {
-    "paper": dict(steps=5000, batch_size=128, lr=1e-4),        # our reading of its setting
-    "small": dict(steps=300, batch_size=32, lr=1e-3),  # chosen in assets/study/README.md
-    "embedding": dict(steps=200, batch_size=16, lr=0.05),      # for inversion
+def inversion(model, data, optimizer, args):
+    """Inversion: minimise the diffusion loss on images of what was forgotten, while nothing but
+    the embedding of the forgotten label learns: is it still in the weights?
+
+    Source: textual inversion, Gal et al. 2208.01618.
+    """
+    learned = [f"label_embs.{factor}.weight" for factor, _ in data.targets]
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in learned)
+    for _ in range(args.steps):
+        # no label is dropped: the null embedding would learn the images, too
+        loss = diffusion_loss(model, *data.auxiliary(), p_drop=0).mean()
+        yield descend(loss, model, optimizer)
+
+INVERSION = dict(steps=200, batch_size=16, lr=0.05)
+ATTACKS = {
+    "dimra": dict(
+        function=dimra,
+        aux="retain",
+        small=dict(steps=300, batch_size=32, lr=1e-3),         # chosen in assets/study/README.md
+        paper=dict(steps=5000, batch_size=128, lr=1e-4)),      # our reading of the paper
+    "inversion": dict(
+        function=inversion,
+        aux="forget:10",
+        small=INVERSION,
+        paper=INVERSION),
 }
 
 # ---- the attacker's data -------------------------------------------------------------------------
@@ -65,200 +97,248 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
 
     aux: "retain" (of `train`, the training images and labels), "heldout" (the test split),
     "generated" (500 samples of the model under attack), "pretrained" (of the model first unlearned
-    in), or a folder. Outside the rules: "inversion:K", K training images of the forgotten
-    conditions, in turn; "fewshot:K", these repeated to be half of all, beside the retained ones.
+    in), or a folder. Outside the rules: "forget:K", K training images of the forgotten conditions;
+    "fewshot:K", these repeated to be half of all, beside the retained ones.
     """
-    device, (images, y), (kind, _, k) = model.null.device, train, aux.partition(":")
-    if kind in ("fewshot", "inversion"):
+    images, y = train
+    kind, _, k = aux.partition(":")
+    if kind in ("forget", "fewshot"):
         require(k.isdecimal() and int(k) > 0, f"--aux {aux}: say how many, such as {kind}:10")
-        keep = ~matches(y, forgotten)
-        shots, labels = images[~keep], y[~keep]
-        require(len(labels), f"--aux {aux}: these data hold no image of what was forgotten")
-        same = (labels[:, None] == torch.unique(labels, dim=0)).all(2)     # (N, conditions)
-        turn = (same.cumsum(0) * same).sum(1)                  # first of its condition, second, ...
-        index = turn.argsort(stable=True)[:int(k)]
-        if kind == "inversion":
-            return shots[index], labels[index]
-        index = index.repeat(math.ceil(int(keep.sum()) / len(index)))
-        return torch.cat([images[keep], shots[index]]), torch.cat([y[keep], labels[index]])
-    if aux in ("generated", "pretrained"):
-        require(aux == "generated" or "from" in info["made_by"],
-                "--aux pretrained: this model was not unlearned from another one")
-        while aux == "pretrained" and "from" in info["made_by"]:
-            model, info = load_checkpoint(info["made_by"]["from"], device)
-        y = all_labels(info["names"]).to(device)
-        y = y[~matches(y, forgotten)]
-        y = y.repeat_interleave(math.ceil(500 / len(y)), 0)
-        return to_uint8(sample(model, y, 20, seed=99, label=f"{aux} images")), y
+        return forgotten_images(images, y, forgotten, int(k), beside_retained=kind == "fewshot")
+    if aux == "generated":
+        return generate(model, info["names"], forgotten)
+    if aux == "pretrained":
+        require("from" in info["made_by"], "--aux pretrained: this model was not unlearned from "
+                "another one")
+        return generate(original_model(info, model.null.device), info["names"], forgotten)
     if aux == "heldout":
-        images, y, _ = load_data(info["dataset"], "test", data_dir, device, model.cfg.image_size)
+        size = model.cfg.image_size
+        images, y, _ = load_data(info["dataset"], "test", data_dir, model.null.device, size)
     elif aux != "retain":
         images, y = read_folder(aux, model, info["names"], forgotten)
     keep = ~matches(y, forgotten)
     require(keep.any(), f"--aux {aux} holds no image but of what was forgotten; choose another")
     return images[keep], y[keep]
 
+def forgotten_images(images, y, forgotten, k, beside_retained):
+    """K images with a forgotten value, one of each condition in turn; or these, repeated, beside
+    as many retained ones."""
+    hidden = matches(y, forgotten)
+    require(hidden.any(), "these data hold no image of what was forgotten")
+    of_condition = [(y == label).all(1).nonzero()[:k, 0].tolist()
+                    for label in torch.unique(y[hidden], dim=0)]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*of_condition))
+    index = torch.tensor([i for i in in_turn if i is not None][:k])
+    if beside_retained:
+        retained = (~hidden).nonzero()[:, 0].cpu()
+        index = torch.cat([retained, index.repeat(math.ceil(len(retained) / len(index)))])
+    return images[index], y[index]
+
+def generate(model, names, forgotten):
+    """About 500 samples of the conditions without a forgotten value, and their labels."""
+    y = all_labels(names).to(model.null.device)
+    y = y[~matches(y, forgotten)]
+    y = y.repeat_interleave(math.ceil(500 / len(y)), 0)
+    return to_uint8(sample(model, y, steps=20, seed=99, label="auxiliary images")), y
+
+def original_model(info, device):
+    """The model that was unlearned in first."""
+    while "from" in info["made_by"]:
+        model, info = load_checkpoint(info["made_by"]["from"], device)
+    return model
+
 def read_folder(folder, model, names, forgotten):
     """Images below a folder, at the model's size, labelled by the names of the folders on the way;
     one that these do not label in every factor gets the null label. No image below the name of a
     forgotten value is used, whatever else its folders say."""
     require(folder and Path(folder).is_dir(), f"--aux {folder} is not retain, heldout, generated, "
-            "pretrained, fewshot:K, inversion:K or a folder")
-    folder, images, labels, skipped, unknown = Path(folder), [], [], 0, set()
-    null, own_name = model.null.tolist(), folder.resolve().name.lower()
-    hidden = {names[f][v].lower() for f, v in forgotten}
+            "pretrained, forget:K, fewshot:K or a folder")
+    hidden = {names[factor][value].lower() for factor, value in forgotten}
+    own_name = Path(folder).resolve().name.lower()
+    null = model.null.tolist()
+    images, labels = [], []
+    left_out = 0
+    unlabelled = set()
     for path in find_images(folder):
         parts = [part.lower() for part in path.relative_to(folder).parts[:-1]]
         if hidden & {*parts, own_name}:
-            skipped += 1
+            left_out += 1
             continue
-        with explain(f"{path} is not a readable image; remove it"):
+        with explain(f"{path} is not a readable image; remove it", *UNREADABLE):
             images.append(read_image(path, model.cfg.image_size, model.cfg.channels))
-        found = [[i for i, name in enumerate(values) if name.lower() in parts] for values in names]
-        labels.append([values[0] for values in found] if all(found) else null)
-        unknown |= set() if all(found) else {"/".join(parts)}
-    require(images, f"--aux {folder} holds no image but of what was forgotten ({skipped} of these)")
-    print(f"{folder}: {len(images)} auxiliary images; {labels.count(null)} get no label, because "
-          f"their folders do not name all factors ({', '.join(sorted(unknown)[:9]) or '-'}); "
-          f"{skipped} left out, below the name of what was forgotten")
+        label = []
+        for values in names:
+            label += [i for i, name in enumerate(values) if name.lower() in parts][:1]
+        if len(label) < len(names):
+            label = null
+            unlabelled.add("/".join(parts))
+        labels.append(label)
+    require(images, f"--aux {folder} holds no image but of what was forgotten ({left_out} of these)")
+    say(f"{folder}: {len(images)} auxiliary images; {labels.count(null)} get no label, because "
+        f"their folders do not name all factors ({', '.join(sorted(unlabelled)[:9]) or '-'}); "
+        f"{left_out} left out, below the name of what was forgotten")
     return torch.stack(images).to(model.null.device), torch.tensor(labels).to(model.null.device)
 
 # ---- the table -----------------------------------------------------------------------------------
 
-KEYS = ("stage", "dataset", "method", "forget")
-SETTINGS = ("steps", "batch_size", "lr", "weight", "alternative", "alt_size")
-ATTACK = ("aux", "attack_steps", "attack_batch_size", "attack_lr")
-
-def mean(points, key):
-    """In percent: the mean over runs with the lowest and the highest, or one run's interval."""
-    values = [100 * p[key] for p in points if p.get(key) is not None]
-    if len(values) > 1:
-        return f"{statistics.fmean(values):.1f} ({min(values):.0f}..{max(values):.0f})"
-    return percent(points[0], key)
-
-def read_groups(folder):
-    """Lists of the results under a folder that differ in nothing but their seeds."""
-    groups = {}
+def read_results(folder):
+    """[(path, result)] of the unlearning and attack runs under a folder."""
+    found = []
     for path in sorted(Path(folder).rglob("result.json")):
         try:
-            r = json.loads(path.read_text("utf-8"))
-            if r["stage"] == "unlearn" or r["stage"] == "attack" and r["aux"]:
-                same = {k: r.get(k) for k in (*KEYS, *SETTINGS, *ATTACK)}
-                same["protocol"] = {k: v for k, v in r["protocol"].items() if k != "seed"}
-                same["points"] = [float(p["step"]) for p in r["curve"]]
-                table_row([r])                         # it has all that a row needs
-                groups.setdefault(json.dumps(same), []).append(r)
-        except Exception:                              # whatever a foreign file holds
-            print(f"skipped {path}: not a result of this code")
-    return list(groups.values())
+            result = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            result = None
+        if not isinstance(result, dict) or "stage" not in result:
+            say(f"skipped {path}: not a result of this code")
+        elif result["stage"] in ("unlearn", "attack") and "settings" in result:
+            found.append((path, result))
+    return found
 
-def half_life(curve):
-    """The first point of an attack with AR above 50 %, or "-"."""
-    return next((str(p["step"]) for p in curve if p["ar"] > 0.5), "-")
+def settings_text(settings):
+    return " ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
 
-def table_row(runs):
-    """{column: text} of the runs of a group."""
-    r, first, last = runs[0], [r["curve"][0] for r in runs], [r["curve"][-1] for r in runs]
-    fids = [fid_text(m[0]) if len(m) == 1 or m[0]["fid"] is None else
-            f"{statistics.fmean(p['fid'] for p in m):.1f}" for m in (first, last)]
-    row, attack = {"method": r["method"], "forgets": r["forget"]}, r["stage"] == "attack"
-    for title, keys in {"unlearning": SETTINGS, "attack": ATTACK}.items():
-        row[title] = " ".join(f"{k.removeprefix('attack_')} {r[k]}" for k in keys if r.get(k))
-    row["runs"] = len(runs)
-    row["seconds"] = f"{statistics.fmean(r['seconds'] for r in runs):.0f}"
-    row["UA"] = "" if attack else mean(last, "ua")
-    row["class"], row["style"] = mean(last, "cls"), mean(last, "style")
-    row["FID"] = " -> ".join(fids)
-    row["AR"] = mean(last, "ar") if attack else ""
-    row["half-life"] = ", ".join(half_life(r["curve"]) for r in runs) if attack else ""
-    row["none"] = mean(last, "none") if max(p["none"] for p in last) > 0.05 else ""
-    return row
+def table_row(result):
+    """{column: text} of one run."""
+    first, last = result["curve"][0], result["curve"][-1]
+    attacked = result["stage"] == "attack"
+    return {
+        "method": result["method"],
+        "forgets": result["forget"],
+        "unlearning": settings_text(result["settings"]),
+        "attack": settings_text(result["attack"]) if attacked else "",
+        "seed": result["seed"],
+        "seconds": f"{result['seconds']:.0f}",
+        "UA": "" if attacked else percent(last, "ua"),
+        "AR": percent(last, "ar") if attacked else "",
+        "class": percent(last, "cls"),
+        "style": percent(last, "style"),
+        "none": percent(last, "none"),
+        "FID": f"{fid_text(first)} -> {fid_text(last)}",
+    }
 
 def make_table(folder):
-    """A row for every group of results into table.md, the AR curves into attack_curves.png."""
-    folder, curves = Path(folder), {}
-    groups = read_groups(folder)
-    require(groups, f"no results under {folder}; run 'python unlearn.py --cls 1' first")
-    rows = [table_row(runs) for runs in groups]
+    """A row for every run into table.md, the curves of all attacks into attack_curves.png."""
+    folder = Path(folder)
+    results = read_results(folder)
+    require(results, f"no results under {folder}; run 'python unlearn.py --cls 1' first")
+    rows = [table_row(result) for _, result in results]
     lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + (
-        "\n\nShares in %: the mean (lowest..highest run), or one run's [95 % interval]; FID before "
-        "and after; half-life: the first point with AR above 50 %, run by run.\n")
+    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    text += "\n\nShares in %, with their 95 % intervals; FID before and after; seconds of training.\n"
     write_text(folder / "table.md", text)
-    for runs in groups:
-        r = runs[0]
-        if r["stage"] == "attack":
-            heights = list(zip(*([p["ar"] for p in run["curve"]] for run in runs)))
-            bands = [list(map(f, heights)) for f in (statistics.fmean, min, max)]
-            name = f"{r['method']} {r['forget']} {r.get('steps')} x {r.get('lr')}; {r['aux']}"
-            name += f" ({len(curves)})" if name in curves else ""
-            curves[name] = [p["step"] for p in r["curve"]], *bands
-    if curves:
-        save_plot(folder / "attack_curves.png", curves, "AR under attack", "attack step", 1)
-    print(f"{text}\nwrote {folder}/table.md" + (" and attack_curves.png" if curves else ""))
+    say(f"{text}\nwrote {folder}/table.md")
+    attacks = [(path, result) for path, result in results if result["stage"] == "attack"]
+    if attacks:
+        save_curves(folder / "attack_curves.png", attacks)
+        say(f"wrote {folder}/attack_curves.png")
+
+def save_curves(path, attacks, most=5):
+    """The AR of all attacks: a panel for each target, and at most five curves in it."""
+    panels = {}
+    for result_path, result in attacks:
+        title = result["forget"]
+        while len(panels.setdefault(title, {})) == most:
+            title += ", continued"
+        steps = [point["step"] for point in result["curve"]]
+        ar = [100 * point["ar"] for point in result["curve"]]
+        panels[title][result_path.parent.name] = steps, ar
+    save_plot(path, panels, "attack step", "AR in %", top=100)
 
 # ---- stage 3 -------------------------------------------------------------------------------------
 
-def main():
-    parser = stage_parser(__doc__, "attack-<run>-<aux>", samples=120, sampler_steps=20)
+def save_columns(path, columns):
+    """Columns {head: samples uint8 (N, C, H, W)} side by side: four samples of each, in a square."""
+    squares = []
+    for x in columns.values():
+        four = x[torch.linspace(0, len(x) - 1, 4).long()]
+        square = four.unflatten(0, (2, 2)).permute(2, 0, 3, 1, 4)              # (C, 2, H, 2, W)
+        squares.append(square.flatten(3, 4).flatten(1, 2))                     # (C, 2 H, 2 W)
+    save_grid(torch.stack(squares), path, columns=len(squares), heads=list(columns))
+
+def save_gif(path, curve, samples):
+    """The samples of all points, twenty of each, one after the other."""
+    frames = []
+    for point, x in zip(curve, samples):
+        shown = x[::math.ceil(len(x) / 20)]
+        frames.append(draw_grid(shown, 10, heads=(f"step {point['step']}",)))
+    write_file(path, lambda tmp: frames[0].save(
+        tmp, "GIF", save_all=True, append_images=frames[1:], duration=700, loop=0))
+
+def parse_args():
+    parser = stage_parser(__doc__, "<attack>-<run>-<aux>", samples=120, sampler_steps=20)
     flag = parser.add_argument
     path = os.path.expanduser
-    flag("run", nargs="?", metavar="RUN", type=path, help="a run folder, or a checkpoint")
-    flag("--aux", type=path, default="retain", help="the attacker's data: retain (default), "
-         "heldout, generated, pretrained, a folder, fewshot:K or inversion:K")
-    flag("--lr", metavar="X", type=number(float, 0, 10), help="learning rate; default by preset")
+    flag("run", nargs="?", metavar="RUN", type=path,
+         help="a run folder, or a checkpoint")
+    flag("--attack", choices=ATTACKS, default="dimra",
+         help="default dimra")
+    flag("--aux", type=path, help="the attacker's data: retain (default), heldout, generated, "
+         "pretrained, a folder, fewshot:K or forget:K (inversion's default, 10)")
+    flag("--lr", metavar="X", type=number(float, 0, 10),
+         help="learning rate; default by preset")
     flag("--every", nargs="+", type=number(int, 1), metavar="N",
          help="measure every N steps, or at several; default four times")
-    flag("--cls", nargs="+", metavar="K", help="count these, not all that was forgotten")
-    flag("--style", nargs="+", metavar="K", help="the same for styles")
-    flag("--table", metavar="DIR", type=path, help="gather every result under DIR and stop")
-    flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
-    args = parser.parse_args()
+    flag("--cls", nargs="+", action="extend", metavar="K",
+         help="measure these, not all that was forgotten")
+    flag("--style", nargs="+", action="extend", metavar="K",
+         help="the same for styles")
+    flag("--table", metavar="DIR", type=path,
+         help="gather every result under DIR and stop")
+    return parser.parse_args()
+
+def main():
+    args = parse_args()
     if args.table:
-        return make_table(args.table)
+        make_table(args.table)
+        return
     require(args.run, "name what to attack, such as runs/shapes/dimum-cls1; or see --help")
     path = checkpoint_file(args.run)
-    model, info, *train = load_run(path, args)
-    names, made_by, inversion = info["names"], info["made_by"], args.aux.startswith("inversion")
-    count = find_pairs(args, names) or info["forgotten"]
-    require(count, f"{path} has forgotten nothing; say what to count, such as --cls {names[0][0]}")
-    forgotten = sorted({*count, *info["forgotten"]})
-    settings = fill(args, **DEFAULTS["embedding" if inversion else info["preset"]])
-    fill(args, every=[max(1, args.steps // 4)])
+    model, info, images, y = load_run(path, args)
+    names, made_by = info["names"], info["made_by"]
+    targets = find_pairs(args, names) or info["forgotten"]
+    require(targets, f"{path} has forgotten nothing; say what to measure, such as --cls "
+            f"{names[0][0]}")
+    forgotten = sorted({*targets, *info["forgotten"]})
+    attack = ATTACKS[args.attack]
+    settings = set_defaults(args, aux=attack["aux"], **attack[info["preset"]])
+    every = args.every or [max(1, args.steps // 4)]
 
-    images, y = auxiliary_set(args.aux, model, info, train, forgotten, args.data_dir)
-    measure, protocol = evaluator(info, *train, forgotten, count, args, "ar")
+    auxiliary = auxiliary_set(args.aux, model, info, (images, y), forgotten, args.data_dir)
+    evaluation = prepare_evaluation(info, images, y, targets, forgotten, args)
     torch.manual_seed(args.seed)
-    name = path.parent.name if "from" in made_by else f"{made_by['method']}-{pairs_slug(count)}"
-    aux = Path(args.aux).resolve().name.replace(":", "")
-    folder = run_folder(args.out or Path("runs", args.dataset, f"attack-{name}-{aux}"))
-    print(f"DiMRA on {path}: {len(y)} auxiliary images ({args.aux}), {args.steps} steps, batch "
-          f"{args.batch_size}, lr {args.lr:g}; counting {pairs_text(count, names)}")
-    if inversion:                                      # the counted factors' embeddings alone learn
-        for key, p in model.named_parameters():
-            p.requires_grad_(key in [f"label_embs.{factor}.weight" for factor, _ in count])
-    if args.compile:
-        model.compile()
-    # no dropped labels in an inversion: the null embedding would learn the images, too
-    steps = dimra(model, images, y, args.steps, args.batch_size, args.lr, 0.0 if inversion else 0.1,
-                  args.dataset == "cifar10")
-    curve, losses, seconds, pictures, y = follow(model, steps, "attack", args, measure, args.every,
-                                                 retained=False)
-    write_losses(folder, losses, "attack")
-    save_before_after(folder / "samples.png", names, forgotten, y, pictures)
-    forget = torch.arange(curve[0]["forget_samples"])          # these come first
-    shown = forget[::math.ceil(len(forget) / 20)]
-    frames = [draw_grid(x[shown], 10, heads=(f"step {p['step']}",))
-              for x, p in zip(pictures, curve)]
-    write_file(folder / "attack.gif", lambda tmp: frames[0].save(
-        tmp, "GIF", save_all=True, append_images=frames[1:], duration=700, loop=0))
-    series = tuple([p[k] for p in curve] for k in ("step", "ar", "ar_low", "ar_high"))
-    save_plot(folder / "curve.png", {"AR": series}, f"DiMRA on {name}, aux {aux}", "attack step", 1)
-    settings = {f"attack_{k}": v for k, v in settings.items()}
-    info["made_by"] = {**made_by, "stage": "attack", "aux": args.aux, "attack_seed": args.seed,
-                       **settings, "from": str(path)}
-    finish(folder, model, info, args, ["attack.py", "--table", folder.parent.as_posix()],
-           forget=pairs_text(count, names), seconds=seconds, curve=curve, protocol=protocol)
+    data = AttackData(*auxiliary, targets, args)
+    name = path.parent.name if "from" in made_by else f"{made_by['method']}-{pairs_slug(targets)}"
+    aux_name = Path(args.aux).resolve().name.replace(":", "")
+    folder = run_folder(args.out or Path("runs", args.dataset, f"{args.attack}-{name}-{aux_name}"))
+    say(f"{args.attack} on {path}: {len(data.y)} auxiliary images ({args.aux}), {args.steps} steps, "
+        f"batch {args.batch_size}, lr {args.lr:g}; measuring {pairs_text(targets, names)}")
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    training = attack["function"](model.train(), data, optimizer, args)
+
+    curve, samples, losses, seconds = train_and_measure(
+        model, training, evaluation, every, args, headline="ar", retained=False)
+
+    attack_settings = {"name": args.attack, "seed": args.seed, **settings}
+    info["made_by"] = {"settings": {}, "seed": None, **made_by, "stage": "attack",
+                       "attack": attack_settings, "from": str(path)}
+    result = dict(forget=pairs_text(targets, names), seconds=seconds, curve=curve,
+                  protocol=evaluation.protocol)
+    save_result(folder, model, info, args, **result)
+    samples_of_targets = [x[:len(evaluation.forget)] for x in samples]
+    columns = {}
+    if Path(made_by.get("from", "")).is_file():
+        original = original_model({"made_by": made_by}, model.null.device)
+        x = draw_samples(original, evaluation.forget, args.sampler_steps, "before")
+        columns["before"] = to_uint8(x)
+    for point, x in zip(curve, samples_of_targets):
+        columns[f"{point['step']} steps" if point["step"] else "unlearned"] = x
+    save_columns(folder / "attack.png", columns)
+    save_gif(folder / "attack.gif", curve, samples_of_targets)
+    save_curves(folder / "curve.png", [(folder / "result.json", result)])
+    save_before_after(folder / "samples.png", evaluation, forgotten, samples[0], samples[-1])
+    write_losses(folder, losses, args.attack)
+    say_next(folder, args, ["attack.py", "--table", folder.parent.as_posix()])
 
 if __name__ == "__main__":
     run(main)

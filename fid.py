@@ -1,4 +1,4 @@
-"""Evaluation: unlearning accuracy and the rest, FID, precision, recall; the classifier that judges.
+"""Evaluation: unlearning accuracy and the rest, FID; the classifier that they rest on.
 
     python fid.py test assets/shapes.pt                  # a model's samples against real images
     python fid.py real_folder fake_folder                # two folders: Inception as in pytorch-fid
@@ -12,8 +12,10 @@ data's own classifier, which know what matters there. The two are never comparab
 """
 import json
 import os
+import shlex
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,152 +26,213 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.ops import Conv2dNormActivation
 
-from model import (FACTORS, all_labels, autocast, explain, load_checkpoint, load_file, matches,
-                   pairs_text, pick_device, progress, require, run, run_folder, sample, save_file,
-                   save_grid, shipped, to_uint8, uses_bf16, write_text)
-from train_ddpm import (fill, find_images, folder_key, get_batch, load_data, picture_labels,
-                        read_image, stage_parser)
+from model import (FACTORS, all_labels, autocast, checkpoint_file, compile_network, explain, fail,
+                   load_checkpoint, load_file, matches, pairs_text, pick_device, progress, require,
+                   run, run_folder, sample, save_file, save_grid, say, shipped, to_uint8, uses_bf16,
+                   write_text)
+from train_ddpm import (UNREADABLE, find_images, folder_key, get_batch, load_data, picture_labels,
+                        read_image, set_defaults, stage_parser)
 
 NOISE_SEED = 1234       # of all evaluations: all points of all curves start from the same noise
 
 # ---- evaluation of a conditional model -----------------------------------------------------------
 
-def evaluator(info, images, y, forgotten, count, args, first):
-    """(measure, protocol): a function that samples a model (DDIM, guidance 2) and scores it, and
-    what its numbers rest on. images, y: the training set; FID compares with its retained images.
+@dataclass
+class Evaluation:
+    """What all measurements of a run share, so that its points can be compared."""
+    names: list                # the names of the values, a list per factor
+    targets: list              # the (factor, value) pairs whose share is UA or AR
+    forget: torch.Tensor       # labels (N, F) of samples that must not show a target
+    retain: torch.Tensor       # labels (M, F) of samples of the retained conditions
+    classifier: nn.Module
+    reference: tuple           # moments of real images of the retained conditions; None without
+    sampler_steps: int
+    protocol: dict             # what the numbers rest on, for result.json
 
-    forgotten: the (factor, value) pairs that the model shall not draw; count: those that are
-    counted. measure(model, step, retained=True) draws a third of args.samples of conditions with a
-    counted and no other forgotten pair and, if retained, the rest of conditions without a forgotten
-    pair. It prints (first: "ua" or "ar") and returns (metrics of `score`, images uint8, y).
-    """
-    names, device, keep = info["names"], images.device, ~matches(y, forgotten)
-    judge, accuracy = load_classifier(args, device, names, images.shape[2])
+def prepare_evaluation(info, images, y, targets, forgotten, args):
+    """The Evaluation of a model by DDIM samples with guidance 2. images, y: the training set;
+    forgotten: the (factor, value) pairs that the model shall not draw; targets: those of them that
+    UA or AR are about."""
+    names, device = info["names"], images.device
+    classifier, accuracy = load_classifier(args, device, names, images.shape[2])
+    keep = ~matches(y, forgotten)
     real, _ = balanced(images[keep], y[keep], 4500)
-    reference = moments(judge_features(judge, real)) if len(real) > 1 else None
-    cells = all_labels(names)
-    others = [pair for pair in forgotten if pair not in count]
-    forget = repeat(cells[matches(cells, count) & ~matches(cells, others)], args.samples / 3)
-    retain = repeat(cells[~matches(cells, forgotten)], args.samples * 2 / 3)
+    reference = None
+    if len(real) > 1:
+        reference = moments(classifier_features(classifier, real))
+    forget, retain = conditions(names, targets, forgotten, args.samples)
+    machine = f"{torch.get_num_threads()} threads of a {device.type}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    precision = "bf16" if uses_bf16(device) else "float32"
+    protocol = {
+        "dataset": info["dataset"],
+        "classes": [len(n) for n in names],
+        "samples": args.samples,
+        "sampler": "ddim",
+        "sampler_steps": args.sampler_steps,
+        "guidance": 2.0,
+        "noise_seed": NOISE_SEED,
+        "seed": args.seed,
+        "real_images": len(real),
+        "real_split": "train",
+        "fid_features": "classifier",
+        "classifier_test_accuracy": accuracy,
+        "machine": f"{machine}, {precision}",
+    }
+    return Evaluation(names, targets, forget, retain, classifier, reference, args.sampler_steps,
+                      protocol)
 
-    def measure(model, step, retained=True):
-        y = torch.cat([forget, retain]) if retained else forget
-        x = sample(model, y, args.sampler_steps, seed=NOISE_SEED, label=f"step {step}").cpu()
-        require(x.isfinite().all(), "the model diverged: its samples are not finite; lower --lr")
-        metrics = {"step": step, **score(x, y, judge, names, count, reference)}
-        print(f"step {step:>5}: {score_text(metrics, first)}", flush=True)
-        return metrics, to_uint8(x), y
+def conditions(names, targets, forgotten, samples):
+    """Which conditions are drawn: labels (N, F) with a target and nothing else that is forgotten, a
+    third of `samples`; and labels (M, F) with nothing that is forgotten, the rest."""
+    labels = all_labels(names)
+    others = [pair for pair in forgotten if pair not in targets]
+    forget = labels[matches(labels, targets) & ~matches(labels, others)]
+    retain = labels[~matches(labels, forgotten)]
+    return repeat(forget, samples / 3), repeat(retain, samples * 2 / 3)
 
-    threads = f"{torch.get_num_threads()} threads of a {device.type}"
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-    return measure, {
-        "dataset": info["dataset"], "classes": [len(n) for n in names], "samples": args.samples,
-        "real_images": len(real), "real_split": "train", "sampler": "ddim", "guidance": 2.0,
-        "sampler_steps": args.sampler_steps, "noise_seed": NOISE_SEED, "seed": args.seed,
-        "fid_features": "classifier", "classifier_test_accuracy": accuracy,
-        "machine": f"{machine}, {'bf16' if uses_bf16(device) else 'float32'}"}
-
-def repeat(cells, n):
-    """About n labels, equally many of each of the cells (N, F)."""
-    return cells.repeat_interleave(max(1, round(n / max(1, len(cells)))), 0)
+def repeat(labels, n):
+    """About n labels, equally many of each of the labels (N, F)."""
+    each = max(1, round(n / max(1, len(labels))))
+    return labels.repeat_interleave(each, 0)
 
 def balanced(images, y, n):
     """About n images, the first equally many of every label combination in y (N, F)."""
-    require(len(y), "no image is retained to compare with; forget, or count, fewer values")
-    cells = torch.unique(y, dim=0)
-    index = [(y == cell).all(1).nonzero()[:max(1, n // len(cells)), 0] for cell in cells]
-    return images[torch.cat(index)], y[torch.cat(index)]
+    require(len(y), "no image is retained to compare with; forget, or measure, fewer values")
+    labels = torch.unique(y, dim=0)
+    each = max(1, n // len(labels))
+    index = torch.cat([(y == label).all(1).nonzero()[:each, 0] for label in labels])
+    return images[index], y[index]
 
-def score(images, y, judge, names, count, reference):
+def draw_samples(model, y, sampler_steps, step):
+    """Samples (N, C, H, W) in [-1, 1] for labels y (N, F), on the CPU, from the noise that every
+    evaluation starts from; `step` is for the progress line."""
+    x = sample(model, y, sampler_steps, seed=NOISE_SEED, label=f"step {step}").cpu()
+    require(x.isfinite().all(), "the model diverged: its samples are not finite; lower --lr")
+    return x
+
+def score(images, y, evaluation):
     """Metrics of samples (N, C, H, W) drawn for labels y (N, F); shares in 0..1, or None.
 
-    ua: unlearning accuracy, the share of the samples with a counted pair in which no counted value
-    that was asked for is recognised; ar: 1 - ua; ua_of: for each pair alone.
-    none: the share of these in which the judge recognises no class or no style at all.
+    ua: unlearning accuracy, the share of the samples with a target in which no target that was
+    asked for is recognised; ar: 1 - ua; ua_of: for each target alone.
+    none: the share of these in which the classifier recognises no class or no style at all.
     cls, style: the share of the retained samples whose class, whose style is recognised
     (UnlearnCanvas, Zhang et al. 2402.11846: IRA for the factor unlearned in, CRA for the other).
-    fid, fid_error: the retained samples against the reference (`moments`), and its standard error.
+    fid, fid_error: the retained samples against the reference, and its standard error.
     """
-    seen, forget = predict(judge, images), matches(y, count)
-    hit, none = seen == y, (seen == torch.tensor([len(n) for n in names])).any(1)
-
-    def shown(pairs):
-        """Of the samples with one of the pairs: is a value that was asked for recognised?"""
-        return matches(torch.where(hit, y, -1), pairs)[matches(y, pairs)]
-
-    groups = {"ua": ~shown(count), "ar": shown(count), "none": none[forget],
-              **dict(zip(FACTORS, hit[~forget].T))}
-    result = {"ua_of": {pairs_text([pair], names): share(~shown([pair]))[0] for pair in count},
-              "forget_samples": int(forget.sum()), "retain_samples": int((~forget).sum()),
-              "fid": None, "fid_error": None}
+    names, targets = evaluation.names, evaluation.targets
+    seen = predict(evaluation.classifier, images)
+    hit = seen == y
+    asked_and_seen = torch.where(hit, y, -1)
+    shown = matches(asked_and_seen, targets)
+    none = (seen == torch.tensor([len(n) for n in names])).any(1)
+    forget = matches(y, targets)
+    retained = ~forget
+    groups = {"ua": ~shown[forget], "ar": shown[forget], "none": none[forget]}
+    for factor in range(len(names)):
+        groups[FACTORS[factor]] = hit[retained, factor]
+    result = {"forget_samples": int(forget.sum()), "retain_samples": int(retained.sum()),
+              "ua_of": {}, "fid": None, "fid_error": None}
     for name, hits in groups.items():
-        result.update(zip((name, f"{name}_low", f"{name}_high"), share(hits)))
-    if reference and result["retain_samples"] > 1:
-        features = judge_features(judge, images[~forget])
-        result["fid"] = frechet_distance(reference, moments(features))
-        result["fid_error"] = fid_error(reference, features)
+        result.update(share(name, hits))
+    for pair in targets:
+        hidden = ~matches(asked_and_seen, [pair])[matches(y, [pair])]
+        result["ua_of"][pairs_text([pair], names)] = share("ua", hidden)["ua"]
+    if evaluation.reference and result["retain_samples"] > 1:
+        features = classifier_features(evaluation.classifier, images[retained])
+        result["fid"] = frechet_distance(evaluation.reference, moments(features))
+        result["fid_error"] = fid_error(evaluation.reference, features)
     return result
 
-def share(hits):
-    """(share, low, high) of a bool tensor, with its 95 % Wilson interval; Nones if it is empty."""
-    if not len(hits):
-        return None, None, None
+def share(name, hits):
+    """{name: the share of a bool tensor that is True, name_low, name_high: the ends of its 95 %
+    Wilson interval}; Nones if it is empty."""
+    if len(hits) == 0:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
     test = scipy.stats.binomtest(int(hits.sum()), len(hits))
-    return test.statistic, *test.proportion_ci(0.95, "wilson")
+    low, high = test.proportion_ci(0.95, "wilson")
+    return {name: test.statistic, f"{name}_low": low, f"{name}_high": high}
 
 def percent(metrics, name):
     """"97.5 [94, 99]", in %, for a share in metrics, or "-"."""
     if metrics.get(name) is None:
         return "-"
-    value, low, high = (100 * metrics[key] for key in (name, f"{name}_low", f"{name}_high"))
-    return f"{value:.1f} [{low:.0f}, {high:.0f}]"
+    low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+    return f"{100 * metrics[name]:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 def fid_text(metrics):
-    return "-" if metrics["fid"] is None else f"{metrics['fid']:.1f} +- {metrics['fid_error']:.1f}"
+    if metrics["fid"] is None:
+        return "-"
+    return f"{metrics['fid']:.1f} +- {metrics['fid_error']:.1f}"
 
-def score_text(metrics, first):
-    """One line: the first share, what was retained where it was drawn, and "none" above 5 %."""
-    titles = {first: first.upper(), "cls": "class", "style": "style", "none": "none"}
-    line = "   ".join(f"{title} {percent(metrics, k)} %" for k, title in titles.items()
-                      if metrics.get(k) is not None and (k != "none" or metrics[k] > 0.05))
-    return line if metrics["fid"] is None else f"{line}   FID {fid_text(metrics)}"
+def score_text(metrics, headline):
+    """One line: UA or AR, as `headline` says, "none" above 5 %, and what was retained."""
+    parts = [f"{headline.upper()} {percent(metrics, headline)} %"]
+    for name, title in (("cls", "class"), ("style", "style")):
+        if metrics.get(name) is not None:
+            parts.append(f"{title} {percent(metrics, name)} %")
+    if metrics["none"] is not None and metrics["none"] > 0.05:
+        parts.append(f"none {percent(metrics, 'none')} %")
+    if metrics["fid"] is not None:
+        parts.append(f"FID {fid_text(metrics)}")
+    return "   ".join(parts)
 
-def follow(model, steps, label, args, measure, when, retained):
-    """Take args.steps of a generator of losses, measuring before, after and, if retained with the
-    retained conditions, every N steps for `when` [N] or at several steps. Returns (metrics of each
-    point, losses (steps,), the seconds of the steps alone, images of each point, the labels of the
-    first and the last)."""
-    when = range(0, args.steps, when[0]) if len(when) == 1 else when
-    losses, points = torch.zeros(args.steps, device=model.null.device), [measure(model, 0)]
+def measure(model, evaluation, step, headline, retained=True):
+    """Draw, score and print one point of a run; without the retained conditions it is three times
+    as fast. Returns (metrics, samples uint8 (N, C, H, W), those with a target first)."""
+    y = evaluation.forget
+    if retained:
+        y = torch.cat([y, evaluation.retain])
+    x = draw_samples(model, y, evaluation.sampler_steps, step)
+    metrics = {"step": step, **score(x, y, evaluation)}
+    say(f"step {step:>5}: {score_text(metrics, headline)}")
+    return metrics, to_uint8(x)
+
+def train_and_measure(model, training, evaluation, every, args, headline, retained):
+    """Take args.steps of `training`, a generator of losses, and measure before, after, and every N
+    steps for `every` [N], or at the steps it names; there with the retained conditions if
+    `retained`. Returns (the metrics of each point, its samples, losses (steps,), the seconds of the
+    steps alone)."""
+    points = range(0, args.steps, every[0]) if len(every) == 1 else every
+    losses = torch.zeros(args.steps, device=model.null.device)
+    measured = [measure(model, evaluation, 0, headline)]
     began, paused = time.time(), 0.0
-    for step, loss in enumerate(progress(steps, label, args.steps), 1):
+    for step, loss in enumerate(progress(training, "training", args.steps, losses=True), 1):
         losses[step - 1] = loss
-        if step in when and step < args.steps:
+        if step in points and step < args.steps:
             losses.cpu()                               # waits for a GPU
             pause = time.time()
-            points.append(measure(model, step, retained))
+            measured.append(measure(model, evaluation, step, headline, retained))
             paused += time.time() - pause
     losses = losses.cpu()
-    seconds = time.time() - began - paused
-    curve, pictures, labels = zip(*points, measure(model, args.steps))
-    print(f"({curve[0]['forget_samples']} + {curve[0]['retain_samples']} samples, "
-          f"{args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}; 95 % intervals; FID on "
-          f"classifier features, with its standard error; {seconds:.0f} s of training)")
-    return list(curve), losses, round(seconds, 1), pictures, labels[0]
+    seconds = round(time.time() - began - paused, 1)
+    measured.append(measure(model, evaluation, args.steps, headline))
+    curve = [metrics for metrics, _ in measured]
+    samples = [x for _, x in measured]
+    say(f"({len(evaluation.forget)} + {len(evaluation.retain)} samples, {args.sampler_steps} DDIM "
+        f"steps, guidance 2, seed {args.seed}; 95 % intervals; FID on classifier features, with "
+        f"its standard error; {seconds:.0f} s of training)")
+    return curve, samples, losses, seconds
 
-def save_before_after(path, names, forgotten, y, pictures):
-    """The first and the last of pictures (N, C, H, W), for labels y (N, F), one above the other."""
-    wanted, layout = picture_labels(names, forgotten)
-    white, used, index = torch.full_like(pictures[0][:1], 255), Counter(), []
-    for label in map(tuple, wanted.tolist()):          # one that was not sampled stays white
-        same = (y == torch.tensor(label)).all(1).nonzero().flatten().tolist() or [-1]
-        index.append(same[used[label] % len(same)])
-        used[label] += 1
-    before, after = (torch.cat([pictures[i], white])[index] for i in (0, -1))
+def save_before_after(path, evaluation, pairs, before, after):
+    """Two rows of pictures, or blocks of rows: the samples before and after, one of each condition;
+    `pairs` are always among these. Conditions of which no sample was drawn stay white."""
+    y = torch.cat([evaluation.forget, evaluation.retain])
+    wanted, layout = picture_labels(evaluation.names, pairs)
+    used = Counter()
+    index = []
+    for label in wanted.tolist():
+        drawn = (y == torch.tensor(label)).all(1).nonzero().flatten().tolist() or [-1]
+        index.append(drawn[used[tuple(label)] % len(drawn)])
+        used[tuple(label)] += 1
+    white = torch.full_like(before[:1], 255)           # becomes image -1
+    pictures = [torch.cat([x, white])[index] for x in (before, after)]
     layout["rows"] = [f"{when} {row}" for when in ("before", "after") for row in layout["rows"]]
-    save_grid(torch.cat([before, after]), path, **layout)
+    save_grid(torch.cat(pictures), path, **layout)
 
-# ---- Frechet distance, precision and recall ------------------------------------------------------
+# ---- Frechet distance ----------------------------------------------------------------------------
 
 def moments(features):
     """Mean (D,) and covariance (D, D) of features (N, D), in float64."""
@@ -180,7 +243,8 @@ def frechet_distance(real, fake):
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of two sets' moments, Heusel et al.
     1706.08500. The root's trace is the sum of the roots of the eigenvalues of the symmetric
     cov1^(1/2) cov2 cov1^(1/2): faster than a matrix root, and never complex."""
-    (mu1, cov1), (mu2, cov2) = real, fake
+    mu1, cov1 = real
+    mu2, cov2 = fake
     values, vectors = np.linalg.eigh(cov1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
@@ -190,23 +254,12 @@ def frechet_distance(real, fake):
 def fid_error(real, fake, resamples=20):
     """The FID's standard error: its spread over bootstrap resamples of the fake features (M, D),
     against the real ones' moments."""
-    rng, n, again = np.random.default_rng(0), len(fake), []
+    rng = np.random.default_rng(0)
+    n = len(fake)
+    again = []
     for _ in range(resamples):
         again.append(frechet_distance(real, moments(fake[rng.integers(n, size=n)])))
     return float(np.std(again, ddof=1))
-
-def precision_recall(real, fake, k=3, most=2000):
-    """Improved precision and recall (Kynkaanniemi et al. 1904.06991), each in 0..1, of a random
-    subset of at most `most` of the features (N, D) and (M, D): precision is the share of fake
-    features within the k-th neighbour's distance of some real one, recall the reverse."""
-    rng = np.random.default_rng(0)
-    real, fake = (torch.as_tensor(x[rng.permutation(len(x))[:most]]).double() for x in (real, fake))
-
-    def covered(points, centres):
-        rank = min(k + 1, len(centres))        # the first neighbour is the point itself
-        radius = torch.cdist(centres, centres).kthvalue(rank, 1).values
-        return (torch.cdist(points, centres) <= radius).any(1).double().mean().item()
-    return covered(fake, real), covered(real, fake)
 
 # ---- InceptionV3 with FID's weights --------------------------------------------------------------
 
@@ -219,13 +272,14 @@ def inception(device):
     It is torchvision's with 1,008 outputs, except that the pooling branches leave the padding out
     of their averages and that the last block takes the maximum. The weights are downloaded once.
     """
+    cache = Path(torch.hub.get_dir(), "checkpoints").as_posix()
     with explain("Inception's weights cannot be loaded; add --features classifier, or put them in "
-                 f"{Path(torch.hub.get_dir(), 'checkpoints').as_posix()} from {INCEPTION_URL}"):
+                 f"{cache} from {INCEPTION_URL}", OSError, RuntimeError):
         state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu",
                                                    check_hash=True, weights_only=True)
-        net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
-                                              init_weights=False)
-        net.load_state_dict(state)
+    net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
+                                          init_weights=False)
+    net.load_state_dict(state)
 
     def repool(block, pool, **options):
         kept = {}
@@ -241,7 +295,11 @@ def inception(device):
 
 # ---- the classifier ------------------------------------------------------------------------------
 
-CLASSIFIERS = {"shapes": (24, 3000), "fashion": (32, 1500), "cifar10": (64, 8000)}  # width, steps
+CLASSIFIERS = {                 # (width, training steps)
+    "shapes": (24, 3000),
+    "fashion": (32, 1500),
+    "cifar10": (64, 8000),
+}
 
 class Classifier(nn.Module):
     """A small CNN that names class and style: x (B, C, size, size) in [-1, 1] -> a list of logits
@@ -251,9 +309,13 @@ class Classifier(nn.Module):
         super().__init__()
         self.args = dict(channels=channels, classes=list(classes), width=width, size=size)
         w = width
-        layers = ((channels, w, size // 32), (w, 2 * w, 2), (2 * w, 2 * w, 1),  # in, out, stride
-                  (2 * w, 4 * w, 2), (4 * w, 4 * w, 1), (4 * w, 4 * w, 2))
-        self.body = nn.Sequential(*(Conv2dNormActivation(a, b, 3, s) for a, b, s in layers))
+        self.body = nn.Sequential(                             # to (B, 4 * width, 4, 4)
+            Conv2dNormActivation(channels, w, 3, stride=size // 32),
+            Conv2dNormActivation(w, 2 * w, 3, stride=2),
+            Conv2dNormActivation(2 * w, 2 * w, 3),
+            Conv2dNormActivation(2 * w, 4 * w, 3, stride=2),
+            Conv2dNormActivation(4 * w, 4 * w, 3),
+            Conv2dNormActivation(4 * w, 4 * w, 3, stride=2))
         self.embed = nn.Sequential(nn.Flatten(), nn.Linear(64 * w, 4 * w), nn.ReLU())
         self.heads = nn.ModuleList(nn.Linear(4 * w, n + 1) for n in classes)
 
@@ -268,38 +330,54 @@ class Classifier(nn.Module):
 @torch.inference_mode()
 def in_batches(network, images, device):
     """network's outputs for images (N, C, H, W), uint8 or in [-1, 1], on the CPU."""
-    scaled = (x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x for x in images.split(250))
-    return torch.cat([network(x.to(device)).cpu() for x in scaled])
+    outputs = []
+    for x in images.split(250):
+        if x.dtype == torch.uint8:
+            x = x.float() / 127.5 - 1
+        outputs.append(network(x.to(device)).cpu())
+    return torch.cat(outputs)
 
-def judge_features(judge, images):
+def classifier_features(classifier, images):
     """The FID features (N, D) of images (N, C, H, W)."""
-    return in_batches(judge.features, images, judge.heads[0].weight.device).numpy()
+    device = classifier.heads[0].weight.device
+    return in_batches(classifier.features, images, device).numpy()
 
-def predict(judge, images):
+def predict(classifier, images):
     """The recognised values (N, F) of images (N, C, H, W); the last value is "none"."""
-    def answers(x):
-        return torch.stack([logits.argmax(1) for logits in judge(x)], 1)
-    return in_batches(answers, images, judge.heads[0].weight.device)
+    def recognised(x):
+        return torch.stack([logits.argmax(1) for logits in classifier(x)], 1)
+
+    return in_batches(recognised, images, classifier.heads[0].weight.device)
 
 def uniform(low, high, x, *shape):
     """Random numbers (len(x), *shape), on the device of x."""
     return low + (high - low) * torch.rand(len(x), *shape, device=x.device)
 
+def per_image(low, high, x):
+    """A random number for each image of x (n, C, H, W): (n, 1, 1, 1)."""
+    return uniform(low, high, x, 1, 1, 1)
+
 def garbage(x):
     """What a ruined model may draw in place of x (n, C, H, W): noise of any grain, coloured or
     grey, on any ground, or flat colour, with at most a shadow (10 %) of x in it."""
-    (n, c, h, w), grains = x.shape, []
+    n, c, h, w = x.shape
+    grains = []
     for size in (h, h // 2, h // 4, h // 8, 2, 1):
         noise = uniform(-1, 1, x, c, size, size)
-        noise = noise + uniform(0, 1, x, 1, 1, 1) * torch.randn_like(noise)
+        noise = noise + per_image(0, 1, x) * torch.randn_like(noise)
         grains.append(F.interpolate(noise, (h, w), mode="bilinear"))
     kind = torch.randint(len(grains), (n,), device=x.device)
-    noise = torch.stack(grains)[kind, torch.arange(n, device=x.device)]
-    noise = torch.where(uniform(0, 1, x, 1, 1, 1) < 0.4, noise.mean(1, keepdim=True), noise)
-    ground = uniform(-1, 1, x, c, 1, 1) * uniform(0, 1, x, 1, 1, 1).round()
-    noise = ground + uniform(0.1, 1.5, x, 1, 1, 1) * noise
-    noise = noise + uniform(0, 0.2, x, 1, 1, 1) * torch.randn_like(x)
-    shadow = uniform(0, 0.1, x, 1, 1, 1)
+    which = torch.arange(n, device=x.device)
+    noise = torch.stack(grains)[kind, which]
+    grey = per_image(0, 1, x) < 0.4
+    noise = torch.where(grey, noise.mean(1, keepdim=True), noise)
+    colour = uniform(-1, 1, x, c, 1, 1)
+    ground = colour * per_image(0, 1, x).round()
+    contrast = per_image(0.1, 1.5, x)
+    noise = ground + contrast * noise
+    fine = per_image(0, 0.2, x)
+    noise = noise + fine * torch.randn_like(x)
+    shadow = per_image(0, 0.1, x)
     return (shadow * x + (1 - shadow) * noise).clamp(-1, 1)
 
 def augment(x):
@@ -307,21 +385,29 @@ def augment(x):
     blurred, recoloured, pale or saturated, with a colour cast, blotches and noise. It must still be
     recognised: what a picture shows has not been forgotten, and what comes back is seldom clean."""
     n, c, h, w = x.shape
-    scale, turn = 2 ** uniform(-0.7, 0.8, x), uniform(-0.2, 0.2, x)
-    cos, sin = turn.cos() / scale, turn.sin() / scale
-    affine = [cos, -sin, uniform(-0.2, 0.2, x), sin, cos, uniform(-0.2, 0.2, x)]
-    places = F.affine_grid(torch.stack(affine, 1).view(n, 2, 3), x.shape, align_corners=False)
+    scale = 2 ** uniform(-0.7, 0.8, x)
+    turn = uniform(-0.2, 0.2, x)
+    cos = turn.cos() / scale
+    sin = turn.sin() / scale
+    right = uniform(-0.2, 0.2, x)
+    down = uniform(-0.2, 0.2, x)
+    affine = torch.stack([cos, -sin, right, sin, cos, down], 1).view(n, 2, 3)
+    places = F.affine_grid(affine, x.shape, align_corners=False)
     x = F.grid_sample(x, places, padding_mode="border", align_corners=False)
     blurred = F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
-    x = x + uniform(0, 1, x, 1, 1, 1) * (blurred - x)
-    channels = uniform(0, 1, x, c).argsort(1)[:, :, None, None]
-    x = x.gather(1, channels.expand_as(x))
+    x = x + per_image(0, 1, x) * (blurred - x)
+    channels = uniform(0, 1, x, c).argsort(1)
+    x = x.gather(1, channels[:, :, None, None].expand_as(x))
     grey = x.mean(1, keepdim=True)
-    x = grey + uniform(0.4, 2.5, x, 1, 1, 1) * (x - grey)
-    x = 2 ** uniform(-1, 1.5, x, 1, 1, 1) * x + uniform(-0.5, 0.5, x, c, 1, 1)
+    saturation = per_image(0.4, 2.5, x)
+    x = grey + saturation * (x - grey)
+    gain = 2 ** per_image(-1, 1.5, x)
+    cast = uniform(-0.5, 0.5, x, c, 1, 1)
+    x = (gain * x + cast).clamp(-1, 1)
     blotches = F.interpolate(uniform(-1, 1, x, c, 4, 4), (h, w), mode="bilinear")
-    x = x.clamp(-1, 1) + uniform(0, 0.3, x, 1, 1, 1) * blotches
-    return (x + uniform(0, 0.2, x, 1, 1, 1) * torch.randn_like(x)).clamp(-1, 1)
+    x = x + per_image(0, 0.3, x) * blotches
+    noise = per_image(0, 0.2, x)
+    return (x + noise * torch.randn_like(x)).clamp(-1, 1)
 
 def classifier_steps(net, images, y, steps, batch_size, lr=3e-3, flip=False):
     """Train the classifier; yield each step's loss. Of a batch an eighth is garbage, to be called
@@ -331,9 +417,11 @@ def classifier_steps(net, images, y, steps, batch_size, lr=3e-3, flip=False):
     none = torch.tensor([head.out_features - 1 for head in net.heads], device=y.device)
     for _ in range(steps):
         x, labels = get_batch(images, y, batch_size, flip)
-        spoilt, plain = max(len(x) // 8, 1), len(x) * 3 // 8
+        spoilt = max(len(x) // 8, 1)
+        plain = len(x) * 3 // 8                        # the end of the images left as they are
         x[plain:] = augment(x[plain:])
-        x[:spoilt], labels[:spoilt] = garbage(x[:spoilt]), none
+        x[:spoilt] = garbage(x[:spoilt])
+        labels[:spoilt] = none
         x = x.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
         loss = sum(F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(net(x)))
         optimizer.zero_grad(set_to_none=True)
@@ -342,30 +430,37 @@ def classifier_steps(net, images, y, steps, batch_size, lr=3e-3, flip=False):
         schedule.step()
         yield loss.detach()
 
-def train_classifier(folder, args, device, size, steps=None, batch_size=128):
-    """Train on the train split; save model.pt and samples.png (test images that it gets wrong) into
-    `folder`. Returns (classifier, accuracy on the test split: a list per factor)."""
-    images, y, names = load_data(args.dataset, "train", args.data_dir, device, size)
-    x, labels, _ = load_data(args.dataset, "test", args.data_dir, size=size)
+def train_classifier(args, device):
+    """Train on the train split; save model.pt and samples.png, the test images it gets wrong."""
+    images, y, names = load_data(args.dataset, "train", args.data_dir, device, args.image_size)
+    x, labels, _ = load_data(args.dataset, "test", args.data_dir, size=args.image_size)
     require(len(x), f"'{args.data_dir}' has one picture of each class, too few for a classifier")
-    width, usual = CLASSIFIERS.get(args.dataset, (64, min(8000, max(200, len(images) // 2))))
-    steps = usual if steps is None else steps
+    if args.dataset in CLASSIFIERS:
+        width, steps = CLASSIFIERS[args.dataset]
+    else:
+        width = 64
+        steps = min(8000, max(200, len(images) // 2))
+    set_defaults(args, steps=steps, batch_size=128)
+    folder = run_folder(args.out or Path("runs", args.dataset, "classifier"))
     torch.manual_seed(args.seed)
     net = Classifier(images.shape[1], [len(n) for n in names], width, images.shape[2])
     net = net.to(device, memory_format=torch.channels_last)
-    print(f"classifier of {args.dataset}: {len(images)} images, {steps} steps, batch {batch_size}")
-    training = classifier_steps(net, images, y, steps, batch_size, flip=args.dataset == "cifar10")
-    list(progress(training, "classifier", steps))
+    say(f"classifier of {args.dataset}: {len(images)} images, {args.steps} steps, batch "
+        f"{args.batch_size}, into {folder}")
+    flip = args.dataset == "cifar10"
+    training = classifier_steps(net, images, y, args.steps, args.batch_size, flip=flip)
+    for _ in progress(training, "classifier", args.steps, losses=True):
+        pass
     hit = predict(net.eval(), x) == labels
-    accuracy, wrong = hit.double().mean(0).tolist(), (~hit).any(1).nonzero()[:40, 0]
-    save_grid(x[wrong] if len(wrong) else x[:40], folder / "samples.png", columns=10)
+    accuracy = hit.double().mean(0).tolist()
     weights = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
     save_file(folder / "model.pt", "classifier", dict(
-        names=names, args=net.args, seed=args.seed, steps=steps, accuracy=accuracy, weights=weights,
-        key=data_key(args)))
+        names=names, args=net.args, seed=args.seed, steps=args.steps, accuracy=accuracy,
+        weights=weights, key=data_key(args)))
+    wrong = (~hit).any(1).nonzero()[:40, 0]
+    save_grid(x[wrong] if len(wrong) else x[:40], folder / "samples.png", columns=10)
     words = ", ".join(f"{factor} {100 * a:.2f} %" for factor, a in zip(FACTORS, accuracy))
-    print(f"accuracy on {len(x)} test images: {words}\nwrote {folder}/model.pt and samples.png")
-    return net, accuracy
+    say(f"accuracy on {len(x)} test images: {words}\nwrote {folder}/model.pt and samples.png")
 
 def data_key(args):
     """What tells two data sets with the same names apart: a folder's files."""
@@ -373,35 +468,55 @@ def data_key(args):
     return folder_key(find_images(folder, quiet=True)) if args.dataset == "folder" else ""
 
 def load_classifier(args, device, names, size=32):
-    """(classifier, its test accuracy): the newest one trained here for these names, size and
-    folder, else the shipped one, else it is trained now."""
-    runs, key = Path("runs", args.dataset), data_key(args)
-    paths = sorted(runs.glob("classifier*/model.pt"), key=lambda path: -path.stat().st_mtime)
-    for path in filter(Path.is_file, [*paths, shipped(f"{args.dataset}_classifier.pt")]):
+    """(classifier, its test accuracy: a list per factor): the newest one trained here for these
+    names, size and folder, else the shipped one."""
+    trained = list(Path("runs", args.dataset).glob("classifier*/model.pt"))
+    trained.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    key = data_key(args)
+    for path in [*trained, shipped(f"{args.dataset}_classifier.pt")]:
+        if not path.is_file():
+            continue
         data = load_file(path, "classifier")
         if (data["names"], data["args"]["size"], data["key"]) == (names, size, key):
             net = Classifier(**data["args"]).to(device, memory_format=torch.channels_last)
             net.load_state_dict(data["weights"])
             return net.eval(), data["accuracy"]
-        print(f"{path} knows other {args.dataset} data: not used")
-    return train_classifier(run_folder(runs / "classifier"), args, device, size)
+        say(f"{path} knows other {args.dataset} data: not used")
+    command = f"python fid.py --train-classifier --dataset {args.dataset}"
+    if args.dataset == "folder":
+        command += f" --data-dir {shlex.quote(args.data_dir)} --image-size {size}"
+    fail(f"there is no classifier of these data yet; run '{command}'")
 
 # ---- command line --------------------------------------------------------------------------------
 
-def images_from(source, args, device):
-    """(paths or uint8 images, labels, how they came, names) of REAL or FAKE; None if unknown."""
-    folder, steps, seed = Path(source), args.sampler_steps, args.seed
+@dataclass
+class Source:
+    """REAL or FAKE: paths of pictures, or images uint8 with their labels and names."""
+    images: list
+    how: str                   # how they came, for the protocol
+    y: torch.Tensor = None
+    names: list = None
+
+def is_model(source):
+    return source not in ("train", "test") and checkpoint_file(source).is_file()
+
+def load_source(source, args, device, size):
+    """The Source that the user names; size: of a folder data set's images."""
     if source in ("train", "test"):
-        x, y, names = load_data(args.dataset, source, args.data_dir, size=args.image_size)
-        return *balanced(x, y, args.samples), f"{args.dataset} {source} split", names
-    if folder.is_dir() and not (folder / "model.pt").is_file():
-        return find_images(folder), None, "folder", None
+        x, y, names = load_data(args.dataset, source, args.data_dir, size=size)
+        x, y = balanced(x, y, args.samples)
+        return Source(x, f"{args.dataset} {source} split", y, names)
+    if Path(source).is_dir() and not is_model(source):
+        return Source(find_images(source), "folder")
     model, info = load_checkpoint(source, device)
-    made = info["dataset"]
-    require(made == args.dataset, f"{source} draws {made}; add --dataset {made}")
-    y, args.image_size = repeat(all_labels(info["names"]), args.samples), model.cfg.image_size
-    x = to_uint8(sample(model, y, steps, seed=seed, label="samples")).cpu()
-    return x, y, f"samples, {steps} DDIM steps, guidance 2, seed {seed}", info["names"]
+    require(info["dataset"] == args.dataset, f"{source} draws {info['dataset']}; add --dataset "
+            f"{info['dataset']}")
+    if args.compile:
+        compile_network(model)
+    y = repeat(all_labels(info["names"]), args.samples)
+    x = sample(model, y, args.sampler_steps, seed=args.seed, label="samples")
+    how = f"samples, {args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}"
+    return Source(to_uint8(x).cpu(), how, y, info["names"])
 
 @torch.inference_mode()
 def features_of(images, network, device, label, size, channels, resize):
@@ -409,72 +524,94 @@ def features_of(images, network, device, label, size, channels, resize):
     resize: as pytorch-fid does, each by itself, bilinear without antialiasing."""
     def prepare(image):
         if isinstance(image, Path):
-            with explain(f"{image} is not a readable image; remove it"):
+            with explain(f"{image} is not a readable image; remove it", *UNREADABLE):
                 image = read_image(image, None if resize else size, channels)
         x = image[None].float() / 127.5 - 1
-        x = x.mean(1, keepdim=True) if channels == 1 else x.expand(-1, channels, -1, -1)
+        if channels == 1:
+            x = x.mean(1, keepdim=True)
+        else:
+            x = x.expand(-1, channels, -1, -1)
         return F.interpolate(x, (size, size), mode="bilinear")
 
     batches = [images[i:i + 50] for i in range(0, len(images), 50)]
-    prepared = (torch.cat([prepare(image) for image in batch]) for batch in batches)
-    return torch.cat([network(x.to(device)).cpu() for x in progress(prepared, label, len(batches))])
+    features = []
+    for batch in progress(batches, label, len(batches)):
+        x = torch.cat([prepare(image) for image in batch])
+        features.append(network(x.to(device)).cpu())
+    return torch.cat(features)
 
-def main():
-    parser = stage_parser(__doc__, "fid, or classifier", samples=1000)
+def parse_args():
+    parser = stage_parser(__doc__, "fid, or classifier", samples=1000, sampler_steps=50)
     flag = parser.add_argument
     path = os.path.expanduser
-    flag("real", nargs="?", metavar="REAL", type=path, help="folder, checkpoint, train or test")
-    flag("fake", nargs="?", metavar="FAKE", type=path, help="the same")
-    flag("--features", choices=("inception", "classifier"), help="inception for two folders")
-    flag("--image-size", type=int, choices=(32, 64, 128), default=64, help="of a folder (64)")
-    flag("--train-classifier", action="store_true", help="train the dataset's classifier and stop")
+    flag("real", nargs="?", metavar="REAL", type=path,
+         help="folder, checkpoint, train or test")
+    flag("fake", nargs="?", metavar="FAKE", type=path,
+         help="the same")
+    flag("--features", choices=("inception", "classifier"),
+         help="inception for two folders")
+    flag("--image-size", type=int, choices=(32, 64, 128), default=64,
+         help="of a folder (64)")
+    flag("--train-classifier", action="store_true",
+         help="train the dataset's classifier and stop")
     args = parser.parse_args()
+    set_defaults(args, dataset="shapes")
+    return args
+
+def main():
+    args = parse_args()
     device = pick_device(args.device)
-    fill(args, dataset="shapes")
     if args.train_classifier:
-        folder = run_folder(args.out or Path("runs", args.dataset, "classifier"))
-        train_classifier(folder, args, device, args.image_size, args.steps, args.batch_size or 128)
+        train_classifier(args, device)
         return
     require(args.fake, "name two sources, such as: python fid.py test assets/shapes.pt")
-    sources = [args.real, args.fake]
-    sources.sort(key=("train", "test").__contains__)   # a model first: it knows its image size
-    found = {source: images_from(source, args, device) for source in sources}
-    (real, _, real_how, real_names), (fake, y, fake_how, fake_names) = (
-        found[source] for source in (args.real, args.fake))
-    require(min(len(real), len(fake)) > 1, f"there are {len(real)} real and {len(fake)} fake "
-            "images; FID needs at least two of each")
-    kind = args.features or ("inception" if real_how == fake_how == "folder" else "classifier")
-    result, accuracy = {"stage": "fid", "real": args.real, "fake": args.fake}, None
+    size = args.image_size
+    for source in filter(is_model, (args.real, args.fake)):
+        size = load_checkpoint(source)[0].cfg.image_size
+    real = load_source(args.real, args, device, size)
+    fake = load_source(args.fake, args, device, size)
+    require(min(len(real.images), len(fake.images)) > 1, f"there are {len(real.images)} real and "
+            f"{len(fake.images)} fake images; FID needs at least two of each")
+
+    result = {"stage": "fid", "real": args.real, "fake": args.fake}
+    two_folders = real.how == fake.how == "folder"
+    kind = args.features or ("inception" if two_folders else "classifier")
+    accuracy = None
     if kind == "inception":
-        network, how = inception(device), (299, 3, True)
+        network = inception(device)
+        how = dict(size=299, channels=3, resize=True)
     else:
-        x, _, names = load_data(args.dataset, "test", args.data_dir, size=args.image_size)
-        for source, known in ((args.real, real_names), (args.fake, fake_names)):
-            require(known in (None, names), f"{source} knows other names than '{args.data_dir}'; "
-                    "give the folder that it was trained on with --data-dir")
-        judge, accuracy = load_classifier(args, device, names, x.shape[2])
-        network, how = judge.features, (x.shape[2], x.shape[1], False)
-        for name, hit in zip(FACTORS, () if y is None else (predict(judge, fake) == y).T):
-            result.update(zip((name, f"{name}_low", f"{name}_high"), share(hit)))
-            print(f"{name} recognised: {percent(result, name)} %")
-    f1 = features_of(real, network, device, "real", *how).numpy()
-    f2 = features_of(fake, network, device, "fake", *how).numpy()
-    reference = moments(f1)
-    result["fid"] = frechet_distance(reference, moments(f2))
-    print(f"FID ({kind} features): {result['fid']:.3f}", flush=True)
-    result["precision"], result["recall"] = precision_recall(f1, f2)
-    result["fid_error"] = fid_error(reference, f2)
-    print(f"standard error {result['fid_error']:.3f}, precision {result['precision']:.3f}, recall "
-          f"{result['recall']:.3f}\nreal: {len(real)}, {real_how}; fake: {len(fake)}, {fake_how}")
-    result["protocol"] = {"real": real_how, "real_images": len(real), "fake": fake_how,
-                          "fake_images": len(fake), "fid_features": kind, "precision_subset": 2000,
-                          "classifier_test_accuracy": accuracy}
+        x, _, names = load_data(args.dataset, "test", args.data_dir, size=size)
+        for name, source in ((args.real, real), (args.fake, fake)):
+            require(source.names in (None, names), f"{name} knows other names than "
+                    f"'{args.data_dir}'; give the folder that it was trained on with --data-dir")
+        classifier, accuracy = load_classifier(args, device, names, x.shape[2])
+        network = classifier.features
+        how = dict(size=x.shape[2], channels=x.shape[1], resize=False)
+        if fake.y is not None:
+            hit = predict(classifier, fake.images) == fake.y
+            for factor in range(len(names)):
+                name = FACTORS[factor]
+                result.update(share(name, hit[:, factor]))
+                say(f"{name} recognised: {percent(result, name)} %")
+    reference = moments(features_of(real.images, network, device, "real", **how))
+    features = features_of(fake.images, network, device, "fake", **how).numpy()
+    result["fid"] = frechet_distance(reference, moments(features))
+    result["fid_error"] = fid_error(reference, features)
+    say(f"FID ({kind} features): {result['fid']:.3f}, standard error {result['fid_error']:.3f}\n"
+        f"real: {len(real.images)}, {real.how}; fake: {len(fake.images)}, {fake.how}")
+    result["protocol"] = {
+        "real": real.how, "real_images": len(real.images), "fake": fake.how,
+        "fake_images": len(fake.images), "fid_features": kind, "classifier_test_accuracy": accuracy}
+
     folder = run_folder(args.out or Path("runs", args.dataset, "fid"))
-    rows = [[x[i * len(x) // 20] for i in range(20)] for x in (real, fake)]
-    shown = features_of(sum(rows, []), nn.Identity(), "cpu", None, 64, 3, False)
-    save_grid(shown, folder / "samples.png", columns=20, scale=1)
     write_text(folder / "result.json", json.dumps({**result, "args": vars(args)}, indent=1))
-    print(f"wrote {folder}/result.json and samples.png (above: real, below: fake)")
+    shown = []
+    for source in (real, fake):
+        shown += [source.images[i * len(source.images) // 20] for i in range(20)]
+    x = features_of(shown, nn.Identity(), "cpu", None, size=64, channels=3, resize=False)
+    save_grid(x, folder / "samples.png", columns=20, scale=1)
+    say(f"wrote {folder}/result.json and samples.png (above: real, below: fake)")
 
 if __name__ == "__main__":
     run(main)

@@ -10,21 +10,21 @@ Symbols are those of DDPM (Ho et al. 2006.11239): x_t = sqrt(a_t) x_0 + sqrt(1 -
 label row `model.null` means "no condition" (guidance, Ho & Salimans 2207.12598).
 """
 import argparse
+import io
 import math
 import os
+import pickle
 import sys
-import tempfile
 import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 T = 1000                        # diffusion steps
 FACTORS = ("cls", "style")      # the columns of y
@@ -45,7 +45,9 @@ def add_noise(model, x0, t, eps):
     """x_t (B, C, H, W) for times t (B,), and the target that the network learns: eps, or v."""
     a = model.alphas_cumprod[t][:, None, None, None]
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
-    return x_t, eps if model.cfg.prediction == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x0
+    if model.cfg.prediction == "v":
+        return x_t, a.sqrt() * eps - (1 - a).sqrt() * x0
+    return x_t, eps
 
 def drop_labels(y, model, p=0.1):
     """y (B, F), each row replaced by the null label with probability p."""
@@ -58,28 +60,36 @@ def diffusion_loss(model, x0, y, p_drop=0.1):
     DDPM equation 14, Salimans & Ho 2202.00512 for v. (The public unlearning code sums pixels.)"""
     t = antithetic_times(len(x0), x0.device)
     x_t, target = add_noise(model, x0, t, torch.randn_like(x0))
-    return (model(x_t, t, drop_labels(y, model, p_drop)) - target).square().mean((1, 2, 3))
+    output = model(x_t, t, drop_labels(y, model, p_drop))
+    return (output - target).square().mean((1, 2, 3))
 
 def guided_output(model, x_t, t, y, guidance):
     """(1 + w) network(y) - w network(null) as one batch; w = 0 costs one branch only. (The public
     unlearning code's weighting: w = 2 there is a scale of 3 elsewhere.)"""
     if guidance == 0:
         return model(x_t, t, y)
-    both = torch.cat([y, model.null.expand_as(y)])
-    cond, uncond = model(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-    return (1 + guidance) * cond - guidance * uncond
+    labels = torch.cat([y, model.null.expand_as(y)])
+    both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels)
+    cond, null = both.chunk(2)
+    return (1 + guidance) * cond - guidance * null
 
 def split_output(model, out, x_t, a):
     """x_0 and eps from the network's output at x_t; a = alphas_cumprod[t], a number."""
     if model.cfg.prediction == "v":
-        return a ** 0.5 * x_t - (1 - a) ** 0.5 * out, a ** 0.5 * out + (1 - a) ** 0.5 * x_t
-    return (x_t - (1 - a) ** 0.5 * out) / a ** 0.5, out
+        x0 = a ** 0.5 * x_t - (1 - a) ** 0.5 * out
+        eps = a ** 0.5 * out + (1 - a) ** 0.5 * x_t
+    else:
+        x0 = (x_t - (1 - a) ** 0.5 * out) / a ** 0.5
+        eps = out
+    return x0, eps
 
 def ddpm_posterior():
     """Factors of x_0 and x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM equation 7): each (T,)."""
     betas, a = linear_schedule()
     a_prev = F.pad(a[:-1], (1, 0), value=1.0)
-    return a_prev.sqrt() * betas / (1 - a), (1 - betas).sqrt() * (1 - a_prev) / (1 - a)
+    coef_x0 = a_prev.sqrt() * betas / (1 - a)
+    coef_xt = (1 - betas).sqrt() * (1 - a_prev) / (1 - a)
+    return coef_x0, coef_xt
 
 def ddpm_sample(model, x, y, guidance, generator):
     """x_0 by DDPM's T ancestral steps from noise x. The variance is beta_t ("fixedlarge") and x_0
@@ -87,7 +97,8 @@ def ddpm_sample(model, x, y, guidance, generator):
     betas, a = (s.tolist() for s in linear_schedule())
     coef_x0, coef_xt = (s.tolist() for s in ddpm_posterior())
     for t in reversed(range(T)):
-        out = guided_output(model, x, torch.full((len(x),), t, device=x.device), y, guidance)
+        batch_t = torch.full((len(x),), t, device=x.device)
+        out = guided_output(model, x, batch_t, y, guidance)
         x0, _ = split_output(model, out, x, a[t])
         x = coef_x0[t] * x0.clamp(-1, 1) + coef_xt[t] * x
         if t > 0:
@@ -101,7 +112,8 @@ def ddim_sample(model, x, y, guidance, steps):
     a = linear_schedule()[1].tolist() + [1.0]          # a[-1] belongs to x_0
     times = [i * T // steps for i in reversed(range(steps))]
     for t, t_next in zip(times, times[1:] + [-1]):
-        out = guided_output(model, x, torch.full((len(x),), t, device=x.device), y, guidance)
+        batch_t = torch.full((len(x),), t, device=x.device)
+        out = guided_output(model, x, batch_t, y, guidance)
         x0, eps = split_output(model, out, x, a[t])
         x = a[t_next] ** 0.5 * x0 + (1 - a[t_next]) ** 0.5 * eps
     return x
@@ -111,11 +123,15 @@ def sample(model, y, steps=50, sampler="ddim", guidance=2.0, seed=0, batch=50, l
     """Images (B, C, H, W) in [-1, 1] for labels y (B, F); `steps` is for "ddim" only; `label`
     shows progress. Image i depends on seed and i, not on other labels: two models asked with one
     seed start from the same noise."""
-    device, size, training, images = model.null.device, model.cfg.image_size, model.training, []
-    generator, batches = torch.Generator(device).manual_seed(seed), y.to(device).split(batch)
+    device = model.null.device
+    size = model.cfg.image_size
+    generator = torch.Generator(device).manual_seed(seed)
+    batches = y.to(device).split(batch)
+    images = []
+    was_training = model.training
     model.eval()
     for labels in progress(batches, label, len(batches)):
-        shape = len(labels), model.cfg.channels, size, size
+        shape = (len(labels), model.cfg.channels, size, size)
         x = torch.randn(shape, generator=generator, device=device)
         x = x.contiguous(memory_format=torch.channels_last)
         if sampler == "ddim":
@@ -123,7 +139,7 @@ def sample(model, y, steps=50, sampler="ddim", guidance=2.0, seed=0, batch=50, l
         else:
             x = ddpm_sample(model, x, labels, guidance, generator)
         images.append(x.clamp(-1, 1).contiguous())
-    model.train(training)
+    model.train(was_training)
     return torch.cat(images)
 
 # ---- network -------------------------------------------------------------------------------------
@@ -154,11 +170,13 @@ PRESETS = {
 def make_config(preset, image_size, channels, classes):
     """The preset for such images and numbers of values; doubling 32 x 32 adds a resolution."""
     cfg = PRESETS[preset]
-    mult = cfg.mult + cfg.mult[-1:] * int(math.log2(image_size // 32))
+    more = int(math.log2(image_size // 32))
+    mult = cfg.mult + cfg.mult[-1:] * more
     return replace(cfg, image_size=image_size, channels=channels, classes=tuple(classes), mult=mult)
 
 def zero(layer):
-    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 class ResBlock(nn.Module):
     """Two convolutions around the condition: x (B, c_in, H, W), emb (B, d) -> (B, c_out, H, W)."""
@@ -182,22 +200,33 @@ class Attention(nn.Module):
     def __init__(self, c, cfg):
         super().__init__()
         self.norm = nn.GroupNorm(cfg.groups, c, eps=1e-6)
-        self.q, self.k, self.v, self.proj = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj = nn.Conv2d(c, c, 1)
         zero(self.proj)
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]                          # (B, H*W, C)
-        return x + self.proj(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+        def positions(image):
+            """(B, C, H, W) -> (B, 1 head, H*W, C)"""
+            return image.flatten(2).transpose(1, 2)[:, None]
+
+        h = F.scaled_dot_product_attention(
+            positions(self.q(h)), positions(self.k(h)), positions(self.v(h)))
+        h = h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])                      # (B, C, H, W)
+        return x + self.proj(h)
 
 class Level(nn.Module):
     """One resolution on one side of the U: blocks, attention, the convolution that leaves."""
     def __init__(self, widths, c_out, d, resolution, resample, cfg):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(c, c_out, d, cfg) for c in widths)
-        attn = Attention if resolution in cfg.attention else nn.Identity       # takes any arguments
-        self.attns = nn.ModuleList(attn(c_out, cfg) for _ in widths)
+        self.attns = nn.ModuleList()
+        for _ in widths:
+            has_attention = resolution in cfg.attention
+            self.attns.append(Attention(c_out, cfg) if has_attention else nn.Identity())
         self.resample = resample
 
 def mlp(c_in, c_out):
@@ -212,29 +241,47 @@ class UNet(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        w, d = cfg.width, 4 * cfg.width
+        w = cfg.width
+        d = 4 * w
         self.time_mlp = mlp(w, d)
         self.label_embs = nn.ModuleList(nn.Embedding(n + 1, w) for n in cfg.classes)    # last: null
         self.label_mlps = nn.ModuleList(mlp(w, d) for _ in cfg.classes)
         self.conv_in = nn.Conv2d(cfg.channels, w, 3, padding=1)
 
+        # Every feature map on the way down (a, b, c, d) is kept as a skip. On the way up each block
+        # takes the newest one left and sees it beside what comes from below. With two resolutions
+        # and one block:
+        #
+        #   x -> conv_in (a) -> block (b)              block(., b) -> block(., a) -> conv_out
+        #                            |                      ^
+        #                       stride 2 (c)            upsample
+        #                            v                      |
+        #                        block (d) -> middle -> block(., d) -> block(., c)
         widths = [w * m for m in cfg.mult]
         last = len(widths) - 1
-        c, skips, down, up = w, [w], [], []
+        skips = [w]                            # the channels of a, b, ...
+        c = w                                  # the channels of the feature map at this point
+        self.down = nn.ModuleList()
         for i, c_out in enumerate(widths):
-            leave = nn.Conv2d(c_out, c_out, 3, stride=2) if i < last else None
             ins = [c] + [c_out] * (cfg.blocks - 1)
-            down.append(Level(ins, c_out, 2 * d, cfg.image_size >> i, leave, cfg))
-            skips += [c_out] * (cfg.blocks if i == last else cfg.blocks + 1)
+            skips += [c_out] * cfg.blocks
+            shrink = None
+            if i < last:
+                shrink = nn.Conv2d(c_out, c_out, 3, stride=2)
+                skips.append(c_out)
+            self.down.append(Level(ins, c_out, 2 * d, cfg.image_size >> i, shrink, cfg))
             c = c_out
-        self.down = nn.ModuleList(down)
-        self.mid_block1, self.mid_attn = ResBlock(c, c, 2 * d, cfg), Attention(c, cfg)
+        self.mid_block1 = ResBlock(c, c, 2 * d, cfg)
+        self.mid_attn = Attention(c, cfg)
         self.mid_block2 = ResBlock(c, c, 2 * d, cfg)
+        up = []
         for i, c_out in reversed(list(enumerate(widths))):
-            ins = [(c if j == 0 else c_out) + skips.pop() for j in range(cfg.blocks + 1)]
-            leave = nn.Conv2d(c_out, c_out, 3, padding=1) if i > 0 else None
-            up.append(Level(ins, c_out, 2 * d, cfg.image_size >> i, leave, cfg))
-            c = c_out
+            ins = []
+            for _ in range(cfg.blocks + 1):
+                ins.append(c + skips.pop())
+                c = c_out
+            grow = nn.Conv2d(c_out, c_out, 3, padding=1) if i > 0 else None
+            up.append(Level(ins, c_out, 2 * d, cfg.image_size >> i, grow, cfg))
         self.up = nn.ModuleList(reversed(up))      # up[i] and down[i] work at the same resolution
         self.norm_out = nn.GroupNorm(cfg.groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, cfg.channels, 3, padding=1)
@@ -248,8 +295,9 @@ class UNet(nn.Module):
         angles = t.float()[:, None] * freqs
         with autocast(x.device):                   # weights, losses and samplers stay float32
             emb = self.time_mlp(torch.cat([angles.sin(), angles.cos()], 1))
-            tables = enumerate(zip(self.label_mlps, self.label_embs))
-            label_emb = sum(mlp(table(y[:, i])) for i, (mlp, table) in tables)
+            label_emb = 0
+            for i, (table, label_mlp) in enumerate(zip(self.label_embs, self.label_mlps)):
+                label_emb = label_emb + label_mlp(table(y[:, i]))
             emb = F.silu(torch.cat([emb, label_emb], 1))
 
             h = self.conv_in(x)
@@ -284,16 +332,17 @@ def autocast(device):
 def save_checkpoint(path, model, info):
     """Weights, config and info in one file. info: dataset, names (a list per label factor),
     preset, forgotten (a list of (factor, value)), made_by (a dict with stage and settings)."""
-    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    weights = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     save_file(path, "unet", {**info, "config": asdict(model.cfg), "weights": weights})
 
 def load_checkpoint(path, device="cpu"):
-    """(model in eval mode and channels_last, info as in save_checkpoint) of a file or folder."""
-    path = checkpoint_file(path)
-    info = load_file(path, "unet")
-    with explain(f"{path} does not fit this code; make it again"):
-        model = UNet(UNetConfig(**info.pop("config")))
-        model.load_state_dict({k: v.float() for k, v in info.pop("weights").items()})
+    """(model in eval mode and channels_last, info as in save_checkpoint) of a file or folder. A
+    UNet that you have changed fails here with PyTorch's list of the weights that do not fit."""
+    info = load_file(checkpoint_file(path), "unet")
+    config = info.pop("config")
+    weights = info.pop("weights")
+    model = UNet(UNetConfig(**config))
+    model.load_state_dict({key: value.float() for key, value in weights.items()})
     return model.to(device, memory_format=torch.channels_last).eval(), info
 
 def checkpoint_file(path):
@@ -307,23 +356,30 @@ def shipped(name):
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 def save_file(path, kind, data):
-    write_file(path, lambda tmp: torch.save({**data, "kind": kind, "format": 2}, tmp))
+    """Tensors and plain values in one file; kind is "unet", "classifier", "training", "images"."""
+    buffer = io.BytesIO()                      # on a full disk torch.save raises no OSError
+    torch.save({**data, "kind": kind, "format": 2}, buffer)
+    write_file(path, lambda tmp: tmp.write_bytes(buffer.getbuffer()))
 
 def load_file(path, kind):
     """What save_file wrote, without running any code in the file; one line if it is not that."""
     require(Path(path).is_file(), f"no such file: {path}; make a model with 'python train_ddpm.py'")
-    with explain(f"{path} is no whole {kind} file of this project; delete it and make it again (a "
-                 "public SalUn checkpoint is converted by 'python train_ddpm.py --import')"):
-        data = torch.load(path, map_location="cpu", weights_only=True)
+    advice = (f"{path} is no whole {kind} file of this project; delete it and make it again (a "
+              "public SalUn checkpoint is converted by 'python train_ddpm.py --import')")
+    with explain(advice, OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError):
         with zipfile.ZipFile(path) as archive:         # torch.load does not look at the checksums
-            if archive.testzip() or (data["kind"], data["format"]) != (kind, 2):
-                raise ValueError("damaged, or of another kind or version")
+            damaged = archive.testzip()
+        require(damaged is None, f"{advice}; damaged: {damaged}")
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    ours = isinstance(data, dict) and data.get("kind") == kind and data.get("format") == 2
+    require(ours, advice)
     return data
 
 def write_file(path, write):
     """Call write(temporary path), then rename: a kill leaves the old file or the new one, whole."""
-    path, tmp = Path(path), Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    with explain(f"cannot write {path}; free some space, or name another --out"):
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explain(f"cannot write {path}; free some space, or name another --out", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(tmp)
@@ -335,72 +391,127 @@ def write_text(path, text):
     write_file(path, lambda tmp: tmp.write_text(text, "utf-8", "replace"))
 
 def run_folder(base):
-    """A folder for a run: `base`, or where that holds an earlier one base-2, base-3, ..."""
-    folder, n = Path(base), 1
-    require(folder.name not in ("", ".."), f"'{base}' is no folder of its own; try --out run")
-    with explain(f"cannot write into {base}; choose another folder with --out"):
-        while any(folder.glob("[!.]*")):               # a hidden file is what a kill left
-            n += 1
-            folder = Path(f"{base}-{n}")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()     # now, not after an hour
+    """Make a folder for a run: `base`, or where that exists base-2, base-3, ... Whoever makes a
+    folder owns it: two runs of one name never share one."""
+    base = Path(base)
+    require(base.name not in ("", ".."), f"'{base}' is no folder of its own; try --out run")
+    folder = base
+    n = 1
+    with explain(f"cannot write into {base}; choose another folder with --out", OSError):
+        base.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                n += 1
+                folder = base.with_name(f"{base.name}-{n}")
+    if n > 1:
+        say(f"{base} exists: this run goes into {folder}")
     return folder
 
 # ---- pictures ------------------------------------------------------------------------------------
+
+FONT = ImageFont.load_default(size=13)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 
 def to_uint8(x):
     """[-1, 1] floats -> uint8 0..255 of the same shape."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
+def to_pictures(images):
+    """A list of Pillow pictures of images (N, 1 or 3, H, W), uint8 or in [-1, 1]."""
+    if images.dtype != torch.uint8:
+        images = to_uint8(images)
+    arrays = images.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(array) for array in arrays]
+
 def draw_grid(images, columns, rows=(), heads=(), scale=2):
-    """A picture of images (N, C, H, W), uint8 or in [-1, 1], row by row; names of rows, columns."""
-    images = (images if images.dtype == torch.uint8 else to_uint8(images)).cpu()
-    n, _, h, w = images.shape
-    cell_w, cell_h = w * scale + 2, h * scale + 2
-    left, top = 8 + 7 * max(map(len, rows)) if rows else 0, 16 if heads else 0
-    canvas = Image.new("RGB", (left + columns * cell_w, top + -(-n // columns) * cell_h), "white")
+    """A picture of images (N, C, H, W), uint8 or in [-1, 1], row by row, each pixel enlarged to
+    scale x scale; rows and heads: the names of the rows and of the columns."""
+    height, width = images.shape[2:]
+    cell_w = width * scale + 2
+    cell_h = height * scale + 2
+    left = 8 + max(int(FONT.getlength(name)) for name in rows) if rows else 0
+    top = 18 if heads else 0
+    n_rows = math.ceil(len(images) / columns)
+    canvas = Image.new("RGB", (left + columns * cell_w, top + n_rows * cell_h), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, image in enumerate(images.expand(n, 3, h, w).permute(0, 2, 3, 1).numpy()):
-        tile = Image.fromarray(image).resize((w * scale, h * scale), Image.NEAREST)
-        canvas.paste(tile, (left + i % columns * cell_w + 1, top + i // columns * cell_h + 1))
+    for i, picture in enumerate(to_pictures(images)):
+        x = left + i % columns * cell_w
+        y = top + i // columns * cell_h
+        tile = picture.resize((width * scale, height * scale), Image.NEAREST)
+        canvas.paste(tile, (x + 1, y + 1))
     for i, name in enumerate(rows):
-        draw.text((4, top + i * cell_h + cell_h // 2 - 6), name, fill="black")
+        draw.text((4, top + (i + 0.5) * cell_h), name, "black", FONT, anchor="lm")
     for i, name in enumerate(heads):
-        draw.text((left + i * cell_w + 2, 2), name[:cell_w // 6], fill="black")
+        draw.text((left + i * cell_w + 2, 2), name[:cell_w // 6], "black", FONT)
     return canvas
 
-def save_grid(images, path, *layout, **options):
-    canvas = draw_grid(images, *layout, **options)
+def save_picture(canvas, path):
     write_file(path, lambda tmp: canvas.save(tmp, "PNG"))
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
+def save_grid(images, path, columns, **options):
+    save_picture(draw_grid(images, columns, **options), path)
 
-def save_plot(path, series, title, xlabel, top=None):
-    """A PNG line plot of {name: (xs, ys)} or {name: (xs, ys, lows, highs)}, which adds a band."""
-    heights = chain(*(s[1:] for s in series.values()))
-    x_max = max(chain([1], *(s[0] for s in series.values())))
-    y_max = top or 1.05 * max(chain([1e-9], *heights))
-    canvas = Image.new("RGB", (900, 420), "white")
-    draw = ImageDraw.Draw(canvas, "RGBA")
+def round_ticks(low, high):
+    """At most seven multiples of 1, 2 or 5 times a power of ten that span low to high."""
+    if low == high:
+        high = low + 1
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(power * k for k in (1, 2, 5, 10) if high - low <= 5 * power * k)
+    first = math.floor(low / step)
+    last = math.ceil(high / step)
+    return [i * step for i in range(first, last + 1)]
 
-    def line(xs, ys):
-        return [(60 + x / x_max * 540, 372 - y / y_max * 338) for x, y in zip(xs, ys)]
+def save_plot(path, panels, xlabel, ylabel, top=0):
+    """A PNG of line plots, side by side and with the same axes, each with its legend below.
+    panels: {title: {name: (xs, ys)}}; top: what the axis of y reaches at least."""
+    curves = [curve for panel in panels.values() for curve in panel.values()]
+    heights = [y for xs, ys in curves for y in ys]
+    x_ticks = round_ticks(0, max(max(xs) for xs, ys in curves))
+    y_ticks = round_ticks(min(0, *heights), max(top, *heights))
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    height = 350 + 20 * max(map(len, panels.values()))
+    canvas = Image.new("RGB", (columns * 440, rows * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (title, panel) in enumerate(panels.items()):
+        left = i % columns * 440 + 70                  # of the axes
+        above = i // columns * height + 50
 
-    for i in range(6):
-        x, y = 60 + 108 * i, 372 - 67.6 * i
-        draw.line([(60, y), (600, y)], fill="#dddddd")
-        draw.text((8, y - 6), f"{y_max * i / 5:.4g}", fill="black")
-        draw.text((x - 10, 378), f"{x_max * i / 5:.0f}", fill="black")
-    for i, (name, (xs, ys, *band)) in enumerate(series.items()):
-        color = COLORS[i % len(COLORS)]
-        if band and len(xs) > 1:
-            draw.polygon(line(xs, band[1]) + line(xs, band[0])[::-1], fill=color + "28")
-        draw.line(line(xs, ys), fill=color, width=2)
-        draw.line([(610, 42 + 16 * i), (628, 42 + 16 * i)], fill=color, width=3)
-        draw.text((633, 36 + 16 * i), name[:44], fill="black")
-    draw.text((60, 8), title, fill="black")
-    draw.text((300, 400), xlabel, fill="black")
-    write_file(path, lambda tmp: canvas.save(tmp, "PNG"))
+        def place(x, y):
+            right = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+            down = (y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0])
+            return left + 350 * right, above + 240 * down
+
+        def text(x, y, words, anchor):
+            draw.text((x, y), words, "black", FONT, anchor=anchor)
+
+        text(left, above - 42, title, "la")
+        text(left - 64, above - 24, ylabel, "la")
+        text(left + 175, above + 272, xlabel, "ma")
+        for x in x_ticks:
+            px, py = place(x, y_ticks[0])
+            draw.line([(px, py), place(x, y_ticks[-1])], "#dddddd")
+            text(px, py + 10, f"{x:g}", "ma")
+        for y in y_ticks:
+            px, py = place(x_ticks[0], y)
+            draw.line([(px, py), place(x_ticks[-1], y)], "#dddddd")
+            text(px - 12, py, f"{y:.4g}", "rm")
+        for k, (name, (xs, ys)) in enumerate(panel.items()):
+            color = COLORS[names.index(name) % len(COLORS)]
+            points = [place(x, y) for x, y in zip(xs, ys)]
+            draw.line(points, color, width=2)
+            legend = above + 302 + 20 * k
+            draw.line([(left, legend), (left + 30, legend)], color, width=2)
+            text(left + 40, legend, name[:48], "lm")
+            rings = [*points, (left + 15, legend)] if len(panel) > 1 else []
+            for x, y in rings:                         # of different sizes: curves may coincide
+                size = 2 + 1.5 * k
+                draw.ellipse((x - size, y - size, x + size, y + size), None, color, width=2)
+    save_picture(canvas, path)
 
 # ---- labels --------------------------------------------------------------------------------------
 
@@ -418,19 +529,22 @@ def matches(y, pairs):
 def find_value(text, names, flag):
     """The index of a value: exactly its name, else its name in other letters or its number; fails
     if it is neither, or may be two."""
-    found = {i for i, n in enumerate(names) if n == text} or {
-        i for i, n in enumerate(names) if text.lower() == n.lower() or text == str(i)}
-    require(len(found) == 1, f"{flag} {text} {'may mean several' if found else 'is none'} of: "
-            + ", ".join(f"{i} {n}" for i, n in enumerate(names)))
-    return found.pop()
+    found = [i for i, name in enumerate(names) if name == text]
+    if not found:
+        found = [i for i, name in enumerate(names)
+                 if name.lower() == text.lower() or str(i) == text]
+    listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+    require(found, f"{flag} {text} is none of: {listed}")
+    require(len(found) == 1, f"{flag} {text} may mean several of: {listed}")
+    return found[0]
 
 def find_pairs(args, names, prefix=""):
     """The sorted (factor, value) pairs that the flags --cls and --style, after a prefix, name."""
     pairs = set()
-    for factor, name in enumerate(FACTORS):
-        asked = getattr(args, prefix + name) or []
-        require(factor < len(names) or not asked, "these data have no styles; leave the flag out")
-        pairs |= {(factor, find_value(text, names[factor], f"--{name}")) for text in asked}
+    for factor, flag in enumerate(FACTORS):
+        for text in getattr(args, prefix + flag) or []:
+            require(factor < len(names), "these data have no styles; leave the flag out")
+            pairs.add((factor, find_value(text, names[factor], f"--{flag}")))
     return sorted(pairs)
 
 def pairs_text(pairs, names):
@@ -455,28 +569,38 @@ def require(condition, message):
         fail(message)
 
 @contextmanager
-def explain(message):
-    """Fail with the message and the error's own first line where the block raises an error."""
+def explain(message, *errors):
+    """Fail with the message where the block raises one of these errors. Name only errors that a
+    user can mend: any other is a mistake in the code, and keeps its traceback."""
     try:
         yield
-    except Exception as e:
-        fail(f"{message} ({(str(e).splitlines() or [type(e).__name__])[0][:100]})")
+    except errors as e:
+        reason = str(e).splitlines() or [type(e).__name__]
+        fail(f"{message} ({reason[0][:100]})")
+
+def say(*words, end="\n"):
+    """print. Where standard output cannot be written (its disk is full), the run goes on."""
+    try:
+        print(*words, end=end, flush=True)
+    except BrokenPipeError:                            # "| head" has seen enough
+        raise
+    except OSError as e:
+        print(f"standard output is lost ({e}); the run goes on without it", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")
 
 def run(main):
-    """main() on the command line: Ctrl-C, a closed pipe, a full GPU end it without a traceback."""
-    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
+    """main() on the command line. What a user did, or can mend, ends without a traceback; a mistake
+    in the code keeps its own."""
     if hasattr(sys.stdout, "reconfigure"):             # for names that the terminal cannot show
-        sys.stdout.reconfigure(errors="replace", write_through=False)
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
-    except BrokenPipeError:                            # "| head" has seen enough
+    except BrokenPipeError:
         os._exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
+    except (MemoryError, torch.cuda.OutOfMemoryError):
         fail("the memory is full; close other programs, or give a smaller --batch-size")
 
 def make_parser(doc):
@@ -497,61 +621,90 @@ def number(kind, low, high=math.inf):
     return parse
 
 def pick_device(name):
-    """A torch.device from "auto" (cuda, else mps, else cpu), "cpu", "cuda:1", ..."""
-    backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    """A torch.device from "auto" (cuda, else cpu), "cpu", "cuda:1", "mps", ..."""
     if name == "auto":
-        name = next(kind for kind, backend in backends.items() if backend.is_available())
-    with explain(f"device '{name}' cannot be used here; try --device cpu"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with explain(f"device '{name}' cannot be used here; try --device cpu",
+                 RuntimeError, AssertionError):
         probe = torch.zeros(1, device=name)
         probe.item()                                   # "meta" has a device, but no numbers
-        return probe.device
+    return probe.device
 
-def progress(items, label, total, start=0):
-    """Yield the items, after the first `start` of `total`; with a label show rate and time left, in
-    one line on a terminal, else now and then, and an item that is a loss."""
+def compile_network(model):
+    """torch.compile in place; one line where there is no compiler."""
+    def probe(x):
+        return x + 1
+
+    with explain("--compile finds no compiler that works; leave it out",
+                 torch._dynamo.exc.BackendCompilerFailed):
+        torch.compile(probe)(torch.zeros(2, device=model.null.device))
+    model.compile()
+
+def progress(items, label, total, start=0, losses=False):
+    """Yield the items, after the first `start` of `total`. With a label, show rate and time left, and
+    each item's value where they are losses: in one line on a terminal, else now and then."""
     began = shown = time.time()
     tty = sys.stdout.isatty()
     for n, item in enumerate(items, start + 1):
         yield item
         now = time.time()
-        if label and now - shown > (0.5 if tty else max(10, (now - began) / 2)):
-            shown, rate = now, (n - start) / (now - began)
-            loss = "" if item.dim() else f"  loss {item.item():.4f}"
-            left = (total - n) / rate / 60
-            line = f"{label}: {n}/{total}{loss}  {rate:.1f}/s  {left:.1f} min left"
-            print(f"\r{line:<79}" if tty else line, end="" if tty else "\n", flush=True)
+        pause = 0.5 if tty else max(10, (now - began) / 2)
+        if label is None or now - shown < pause:
+            continue
+        shown = now
+        rate = (n - start) / (now - began)
+        minutes = (total - n) / rate / 60
+        loss = f"  loss {item.item():.4f}" if losses else ""
+        line = f"{label}: {n}/{total}{loss}  {rate:.1f}/s  {minutes:.1f} min left"
+        if tty:
+            say(f"\r{line:<79}", end="")
+        else:
+            say(line)
     if label and tty:
-        print("\r" + " " * 79 + "\r", end="", flush=True)
+        say("\r" + " " * 79 + "\r", end="")
 
 def main():
     parser = make_parser(__doc__)
     flag = parser.add_argument
     path = os.path.expanduser
-    flag("ckpt", metavar="CKPT", type=path, help="a checkpoint or a run folder")
-    flag("--cls", nargs="+", metavar="K", help="classes, by name or number; default all")
-    flag("--style", nargs="+", metavar="K", help="styles, likewise")
-    flag("--n", type=number(int, 1), default=1, help="images of each class in each style (1)")
-    flag("--sampler", choices=("ddim", "ddpm"), default="ddim", help="50 steps (default) or all")
-    flag("--seed", type=number(int, 0, 2 ** 31), default=0, help="of the noise (default 0)")
-    flag("--png", metavar="DIR", type=path, help="also write every image as a file of its own")
-    flag("--out", metavar="DIR", type=path, help="of the grid; default runs/<dataset>/samples")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    flag("ckpt", metavar="CKPT", type=path,
+         help="a checkpoint or a run folder")
+    flag("--cls", nargs="+", action="extend", metavar="K",
+         help="classes, by name or number; default all")
+    flag("--style", nargs="+", action="extend", metavar="K",
+         help="styles, likewise")
+    flag("--n", type=number(int, 1), default=1,
+         help="images of each class in each style (1)")
+    flag("--sampler", choices=("ddim", "ddpm"), default="ddim",
+         help="50 steps (default) or all")
+    flag("--seed", type=number(int, 0, 2 ** 31), default=0,
+         help="of the noise (default 0)")
+    flag("--png", metavar="DIR", type=path,
+         help="also write every image as a file of its own")
+    flag("--out", metavar="DIR", type=path,
+         help="of the grid; default runs/<dataset>/samples")
+    flag("--device", default="auto",
+         help="auto (cuda, else cpu), cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     model, info = load_checkpoint(args.ckpt, pick_device(args.device))
-    y = all_labels(info["names"]).repeat_interleave(args.n, 0)
-    asked = find_pairs(args, info["names"])
-    for factor in {f for f, _ in asked}:
-        y = y[matches(y, [pair for pair in asked if pair[0] == factor])]
+    names = info["names"]
+    chosen = find_pairs(args, names)
+    y = all_labels(names).repeat_interleave(args.n, 0)
+    for factor in range(len(names)):
+        values = [pair for pair in chosen if pair[0] == factor]
+        if values:
+            y = y[matches(y, values)]
     folder = run_folder(args.out or Path("runs", info["dataset"], "samples"))
-    images = to_uint8(sample(model, y, sampler=args.sampler, seed=args.seed, label="samples")).cpu()
+    images = sample(model, y, sampler=args.sampler, seed=args.seed, label="samples")
     save_grid(images, folder / "samples.png", columns=min(len(y), max(args.n, 10)))
-    first, last = (pairs_text(enumerate(y[i].tolist()), info["names"]) for i in (0, -1))
-    print(f"wrote {folder}/samples.png: {len(y)} images, {first} to {last}, row by row")
+    first = pairs_text(enumerate(y[0].tolist()), names)
+    last = pairs_text(enumerate(y[-1].tolist()), names)
+    say(f"wrote {folder}/samples.png: {len(y)} images, {first} to {last}, row by row")
     if args.png:
         files = run_folder(args.png)
-        for i, image in enumerate(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
-            write_file(files / f"{i:05}.png", lambda tmp: Image.fromarray(image).save(tmp, "PNG"))
-        print(f"wrote {len(y)} files into {files}")
+        for i, picture in enumerate(to_pictures(images)):
+            save_picture(picture, files / f"{i:05}.png")
+        say(f"wrote {len(y)} files into {files}")
 
 if __name__ == "__main__":
     run(main)

@@ -11,13 +11,14 @@
 Leaves runs/<dataset>/pretrain/: model.pt (EMA weights), samples.png, loss.png, log.csv, result.json
 """
 import copy
-import gzip
 import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shlex
+import struct
 import time
 from itertools import product
 from pathlib import Path
@@ -28,16 +29,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision import datasets as tvd
 
-from model import (FACTORS, PRESETS, T, UNet, all_labels, diffusion_loss, explain, fail, find_pairs,
-                   load_checkpoint, load_file, make_config, make_parser, matches, number,
-                   pairs_slug, pick_device, progress, require, run, run_folder, sample,
-                   save_checkpoint, save_file, save_grid, save_plot, write_file, write_text)
+from model import (FACTORS, PRESETS, T, UNet, all_labels, compile_network, diffusion_loss, explain,
+                   fail, find_pairs, load_checkpoint, load_file, make_config, make_parser, matches,
+                   number, pairs_slug, pick_device, progress, require, run, run_folder, sample,
+                   save_checkpoint, save_file, save_grid, save_plot, say, write_text)
 
 PRETRAIN = {
     # A high rate with cosine decay makes the most of few steps.
-    "small": dict(steps=16000, batch_size=32, lr=2e-3, ema=0.999, warmup=500, cosine=True),
+    "small": dict(
+        steps=16000, batch_size=32, lr=2e-3,
+        ema=0.999, warmup=500, cosine=True),
     # The public SalUn, SFRon and SA configuration for CIFAR-10.
-    "paper": dict(steps=800000, batch_size=128, lr=2e-4, ema=0.9999, warmup=0, cosine=False),
+    "paper": dict(
+        steps=800000, batch_size=128, lr=2e-4,
+        ema=0.9999, warmup=0, cosine=False),
 }
 FASHION_STEPS = 3000            # of the small preset
 SAVE_SECONDS = 120              # between two saved training states
@@ -52,26 +57,41 @@ def get_batch(images, y, n, flip=False):
         x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
     return x.contiguous(memory_format=torch.channels_last), y[i]
 
+def descend(loss, model, optimizer, mask=None, mask_first=False):
+    """One optimiser step down the loss, which is returned: the step of pretraining, of every method
+    of unlearning and of every attack. The gradient is clipped to norm 1 and set to 0 where the mask
+    (a bool tensor for each parameter) is False: after the clipping, or before it (mask_first)."""
+    optimizer.zero_grad()
+    loss.backward()
+    if not mask_first:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if mask:
+        for p, m in zip(model.parameters(), mask):
+            p.grad.mul_(m)
+    if mask_first:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach()
+
 def pretrain(model, ema, optimizer, images, y, args, flip=False, start=0):
     """Train `model` on images uint8 (N, C, H, W) with labels y (N, F); yield each step's loss.
 
     Source: DDPM: Adam, clipping at norm 1, and a moving average of the weights, `ema`, whose decay
     rises to args.ema. The rate warms up, then is constant or falls to 0 along a cosine.
     """
-    params, averaged = list(model.parameters()), list(ema.parameters())
+    params = list(model.parameters())
+    averaged = list(ema.parameters())
     model.train()
     for step in range(start, args.steps):
         fall = 0.5 * (1 + math.cos(math.pi * step / args.steps)) if args.cosine else 1.0
-        optimizer.param_groups[0]["lr"] = args.lr * fall * min(1, (step + 1) / max(args.warmup, 1))
-        loss = diffusion_loss(model, *get_batch(images, y, args.batch_size, flip)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        rise = min(1, (step + 1) / max(args.warmup, 1))
+        optimizer.param_groups[0]["lr"] = args.lr * fall * rise
+        x0, labels = get_batch(images, y, args.batch_size, flip)
+        loss = descend(diffusion_loss(model, x0, labels).mean(), model, optimizer)
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(averaged, params, 1 - decay)
-        yield loss.detach()
+        yield loss
 
 def save_state(path, settings, losses, seconds, parts):
     """The whole training state after len(losses) steps; parts: {name: what has a state_dict}."""
@@ -83,7 +103,9 @@ def save_state(path, settings, losses, seconds, parts):
 def load_state(path, settings, parts):
     """Put a saved state back into parts and random generators. Returns (losses, seconds)."""
     state = load_file(path, "training")
-    other = [f"{k} {v}" for k, v in state["settings"].items() if k != "steps" and settings[k] != v]
+    saved = state["settings"]
+    other = [f"{key} {value}" for key, value in saved.items()
+             if key != "steps" and settings[key] != value]
     require(not other, f"{path} was begun with {', '.join(other)}; give the same flags and data")
     done = len(state["losses"])
     finished = done == settings["steps"] and (path.parent / "model.pt").is_file()
@@ -95,14 +117,15 @@ def load_state(path, settings, parts):
     torch.cuda.set_rng_state_all(state["cuda_rng"])
     return state["losses"], state["seconds"]
 
-def write_losses(folder, losses, label):
-    """log.csv, the mean of every (at most about 200) group of losses (steps,), and loss.png."""
-    every = max(1, len(losses) // 200)
-    ys = [part.mean().item() for part in losses.cpu().split(every) if len(part)]
-    xs = [min((i + 1) * every, len(losses)) for i in range(len(ys))]
-    lines = ["step,loss", *(f"{x},{y}" for x, y in zip(xs, ys))]
-    write_text(folder / "log.csv", "\n".join(lines) + "\n")
-    save_plot(folder / "loss.png", {"loss": (xs, ys)}, f"{label}: training loss", "step")
+def write_losses(folder, losses, title):
+    """log.csv and loss.png: the means of up to 200 equal groups of the losses (steps,)."""
+    if len(losses) == 0:
+        return
+    groups = losses.cpu().tensor_split(min(200, len(losses)))
+    ys = [group.mean().item() for group in groups]
+    xs = torch.tensor([len(group) for group in groups]).cumsum(0).tolist()
+    write_text(folder / "log.csv", "step,loss\n" + "".join(f"{x},{y}\n" for x, y in zip(xs, ys)))
+    save_plot(folder / "loss.png", {title: {"training loss": (xs, ys)}}, "step", "loss")
 
 # ---- the embedded dataset ------------------------------------------------------------------------
 
@@ -137,7 +160,8 @@ def shape_sdf(name, x, y):
     if name == "bar":
         return box(1.0, 0.3)
     if name == "heart":                        # two discs above a turned square
-        px, py = x.abs() / 1.6, y / 1.6 + 0.5
+        px = x.abs() / 1.6
+        py = y / 1.6 + 0.5
         upper = torch.hypot(px - 0.25, py - 0.75) - 0.3536
         m = 0.5 * (px + py).clamp(min=0)
         lower = torch.minimum(torch.hypot(px, py - 1), torch.hypot(px - m, py - m))
@@ -146,53 +170,72 @@ def shape_sdf(name, x, y):
 
 def hsv(h, s, v):
     """Colours (N, 3, 1, 1) in [0, 1] from hue, saturation, value (N, 1, 1)."""
-    k = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + h[:, None] * 6) % 6
-    return v[:, None] * (1 - s[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
+    channel = torch.tensor([5.0, 3.0, 1.0])[:, None, None]
+    k = (channel + h[:, None] * 6) % 6
+    missing = torch.minimum(k, 4 - k).clamp(0, 1)
+    return v[:, None] * (1 - s[:, None] * missing)
 
 def draw_shapes(per_cell, seed, size=32):
     """The embedded dataset: uint8 images (N, 3, size, size) and labels (N, 2), per_cell images of
     each of 10 shapes x 5 styles, of random position, size, rotation and colours. An edge is one
     pixel of coverage computed from the distance: antialiased."""
-    g, y, images = torch.Generator().manual_seed(seed), all_labels([SHAPES, STYLES]), []
-    axis, cols = (torch.arange(size) + 0.5) / size * 2 - 1, torch.arange(size)[None, None, :]
+    g = torch.Generator().manual_seed(seed)
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    cols = torch.arange(size)[None, None, :]
+    images = []
 
     def uniform(lo, hi):
         return torch.rand(per_cell, 1, 1, generator=g) * (hi - lo) + lo
 
     for shape, style in product(SHAPES, STYLES):
-        cx, cy, r = uniform(-0.15, 0.15), uniform(-0.15, 0.15), uniform(0.6, 0.78)
-        turn, hue, shift = uniform(-0.25, 0.25), uniform(0, 1), uniform(0.25, 0.75)
-        px, py = axis[None, None, :] - cx, cy - axis[None, :, None]
+        cx = uniform(-0.15, 0.15)
+        cy = uniform(-0.15, 0.15)
+        r = uniform(0.6, 0.78)
+        turn = uniform(-0.25, 0.25)
+        hue = uniform(0, 1)
+        shift = uniform(0.25, 0.75)                            # from the bright to the dull hue
+        px = axis[None, None, :] - cx
+        py = cy - axis[None, :, None]
         cos, sin = turn.cos(), turn.sin()
-        d = shape_sdf(shape, (cos * px + sin * py) / r, (cos * py - sin * px) / r)
-        d = (d * r * size / 2)[:, None]                        # in pixels, (N, 1, H, W)
+        across = (cos * px + sin * py) / r                     # in the shape's own coordinates
+        up = (cos * py - sin * px) / r
+        d = shape_sdf(shape, across, up) * r * size / 2        # in pixels
+        d = d[:, None]                                         # (N, 1, H, W)
         inside = (0.5 - d).clamp(0, 1)
-        bright, phase = hsv(hue, uniform(0.75, 1), uniform(0.85, 1)), uniform(0, 1)
+        bright = hsv(hue, uniform(0.75, 1), uniform(0.85, 1))
+        phase = uniform(0, 1)
         dull = hsv((hue + shift) % 1, uniform(0.3, 0.5), uniform(0.3, 0.5))
         if style == "flat":
             image = inside * bright + (1 - inside) * dull
         elif style == "stripes":               # diagonal, period 6 pixels
-            wave = (((cols + cols.mT) / 6 + phase) % 1 - 0.5).abs()[:, None]
+            position = ((cols + cols.mT) / 6 + phase) % 1
+            wave = (position - 0.5).abs()[:, None]
             lit = ((wave - 0.25) * 6 + 0.5).clamp(0, 1)
-            image = inside * (lit * bright + (1 - lit) * 0.15) + (1 - inside) * dull
+            striped = lit * bright + (1 - lit) * 0.15
+            image = inside * striped + (1 - inside) * dull
         elif style == "dots":                  # discs on a grid of 4 pixels, a pale tint, white
             u = (cols + phase * 4) % 4 - 2
-            lit = (1.6 - torch.hypot(u, u.mT)).clamp(0, 1)[:, None] * inside
-            image = lit * bright + (1 - lit) * (1 - 0.3 * inside * (1 - bright))
+            disc = (1.6 - torch.hypot(u, u.mT)).clamp(0, 1)
+            lit = disc[:, None] * inside
+            paper = 1 - 0.3 * inside * (1 - bright)
+            image = lit * bright + (1 - lit) * paper
         elif style == "sketch":                # an ink line on paper
-            image = 0.97 - 0.87 * (1.3 - d.abs()).clamp(0, 1).expand(-1, 3, -1, -1)
+            ink = (1.3 - d.abs()).clamp(0, 1)
+            image = (0.97 - 0.87 * ink).expand(-1, 3, -1, -1)
         else:                                  # neon: a bright line and its glow on black
-            line, glow = (1.5 - d.abs()).clamp(0, 1), 0.6 * torch.exp(-d.abs() / 2.5)
+            line = (1.5 - d.abs()).clamp(0, 1)
+            glow = 0.6 * torch.exp(-d.abs() / 2.5)
             image = bright * torch.maximum(line, glow) + 0.35 * line
         images.append((image.clamp(0, 1) * 255).round().to(torch.uint8))
-    return torch.cat(images), y.repeat_interleave(per_cell, 0)
+    y = all_labels([SHAPES, STYLES]).repeat_interleave(per_cell, 0)
+    return torch.cat(images), y
 
 # ---- datasets ------------------------------------------------------------------------------------
 
 DATASETS = ("shapes", "fashion", "cifar10", "folder")
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")         # its package dataset-fashion-mnist
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 IMAGE_KINDS = set(".png .jpg .jpeg .jfif .bmp .webp .tif .tiff .gif .ppm .pgm".split())
+SPLIT_NAME = re.compile("(train|test|val|valid|validat|eval|evaluat|dev)(ing|ion)?")
 
 def load_data(dataset, split, data_dir="data", device="cpu", size=64):
     """Images uint8 (N, C, H, W) and labels (N, F) on the device, and the names: a list per factor.
@@ -200,67 +243,66 @@ def load_data(dataset, split, data_dir="data", device="cpu", size=64):
     split: "train" or "test". size: of a folder's images; the others are 32 x 32. Sources: drawn
     here (shapes), Xiao et al. 1708.07747 (fashion), Krizhevsky 2009 (cifar10).
     """
-    data_dir, train = Path(data_dir), split == "train"
-    if dataset == "folder":
-        x, y, names = load_folder(data_dir, split, size)
-    elif dataset == "shapes":
-        x, y = draw_shapes(400, seed=0) if train else draw_shapes(100, seed=1)
+    if dataset == "shapes":
+        x, y = draw_shapes(400, seed=0) if split == "train" else draw_shapes(100, seed=1)
         names = [SHAPES, STYLES]
+    elif dataset == "folder":
+        x, y, names = load_folder(Path(data_dir), split, size)
     else:
-        with explain(f"{dataset} is not in '{data_dir}' and cannot be downloaded; put its files "
-                     "there, or name their folder with --data-dir"):
-            if dataset == "fashion":
-                unpack_fashion(data_dir)
-                data = tvd.FashionMNIST(data_dir, train, download=True)
-                x, names = F.pad(data.data, (2, 2, 2, 2))[:, None], [data.classes]
-            else:
-                data = tvd.CIFAR10(data_dir, train, download=True)
-                x, names = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), [CIFAR10]
-        y = torch.as_tensor(data.targets)[:, None]
-        require(len(x) == len(y) and 0 <= y.min() and y.max() < len(names[0]),
-                f"'{data_dir}' holds labels that do not fit the images of {dataset}; get it again")
+        x, y, names = load_torchvision(dataset, split, data_dir)
     return x.to(device), y.to(device), names
 
-def unpack_fashion(data_dir):
-    """Put Fashion-MNIST's files, in data_dir or Debian's package, to where torchvision looks."""
-    raw = data_dir / "FashionMNIST" / "raw"
-    for packed, _ in tvd.FashionMNIST.resources:
-        target = raw / packed.removesuffix(".gz")
-        for source in (raw / packed, data_dir / packed, data_dir / target.name, DEBIAN / packed):
-            if source.is_file() and not target.is_file():
-                content = (gzip.open if source.suffix == ".gz" else open)(source, "rb").read()
-                write_file(target, lambda tmp: tmp.write_bytes(content))
+def load_torchvision(dataset, split, data_dir):
+    """Fashion-MNIST, padded to 32 x 32, or CIFAR-10; downloaded unless they are in data_dir."""
+    kind = tvd.FashionMNIST if dataset == "fashion" else tvd.CIFAR10
+    with explain(f"{dataset} is not in '{data_dir}' and cannot be downloaded; put its files there, "
+                 "or name their folder with --data-dir", OSError, RuntimeError, EOFError):
+        data = kind(data_dir, train=split == "train", download=True)
+    y = torch.as_tensor(data.targets)[:, None]
+    if dataset == "fashion":
+        x = F.pad(data.data, (2, 2, 2, 2))[:, None]
+        names = [data.classes]
+    else:
+        x = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        names = [CIFAR10]
+    require(len(x) == len(y) and 0 <= y.min() and y.max() < len(names[0]),
+            f"'{data_dir}' holds labels that do not fit the images of {dataset}; get it again")
+    return x, y, names
 
 def find_images(folder, quiet=False):
     """The sorted paths of all image files below a folder, links followed, hidden ones left out."""
-    found, runs = [], Path("runs").resolve()
-
     def unreadable(error):
         fail(f"the folder {error.filename} cannot be read ({error.strerror}); name another")
 
+    found = []
     for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         here = Path(place).resolve()
-        skip = here, *here.parents, runs               # links that loop, and what we wrote
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
+        skip = [here, *here.parents, Path("runs").resolve()]           # loops, and what we wrote
+        folders[:] = [name for name in folders
+                      if not name.startswith((".", "__MACOSX"))
                       and Path(place, name).resolve() not in skip]
         found += [Path(place, name) for name in files if not name.startswith(".")]
     images = sorted(p for p in found if p.suffix.lower() in IMAGE_KINDS and p.is_file())
-    if len(images) < len(found) and not quiet:
-        kinds = sorted({path.suffix or path.name for path in set(found).difference(images)})[:9]
-        print(f"{folder}: left out {len(found) - len(images)} files that are no images "
-              f"({', '.join(kinds)})")
+    others = set(found).difference(images)
+    if others and not quiet:
+        kinds = sorted({path.suffix or path.name for path in others})
+        say(f"{folder}: left out {len(others)} files that are no images ({', '.join(kinds[:9])})")
     return images
+
+# what Pillow raises for a file that is broken, no picture, or far too large
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 def read_image(path, size, channels=3):
     """A picture of any mode as uint8 (channels, size, size): turned as its EXIF says, on white
     where it is transparent, cut to the central square, resized with antialiasing. size None: as it
-    lies in the file. Raises what Pillow raises."""
+    lies in the file. Raises one of UNREADABLE."""
     with Image.open(path) as picture:
         if picture.mode == "F":
             raise ValueError("of floats, whose range is unknown")
         if picture.mode.startswith("I"):               # 16 bits, which Pillow would cut at 255
             array = np.asarray(picture).clip(0, 65535)
-            array = array // 256 if picture.mode != "I" or array.max() > 255 else array
+            if picture.mode != "I" or array.max() > 255:
+                array = array // 256
             picture = Image.fromarray(array.astype(np.uint8))
         if size:
             picture = ImageOps.exif_transpose(picture)
@@ -268,55 +310,84 @@ def read_image(path, size, channels=3):
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
             picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.LANCZOS)
-        array = np.array(picture.convert("RGB").convert("L" if channels == 1 else "RGB"))
-    return torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1)
+        picture = picture.convert("RGB")
+        if channels == 1:
+            picture = picture.convert("L")
+        array = np.array(picture)
+    return torch.from_numpy(array).view(*array.shape[:2], channels).permute(2, 0, 1)
 
 def folder_key(paths):
     """A fingerprint of a folder's images: it changes when one of them does."""
-    stats = [(path.parts[-3:], path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+    files = []
+    for path in paths:
+        stat = path.stat()
+        files.append((path.parts[-3:], stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+def folder_labels(paths, data_dir):
+    """Labels (N, F) and names of pictures STYLE/CLASS/x.jpg or CLASS/x.jpg below data_dir."""
+    parents = [path.relative_to(data_dir).parts[:-1] for path in paths]
+    depths = {len(folders) for folders in parents}
+    require(depths in ({1}, {2}),
+            f"'{data_dir}' must hold images as STYLE/OBJECT/*.jpg or CLASS/*.jpg, at one depth; it "
+            f"holds {len(paths)} images; name the folder with --data-dir")
+    columns = [[folders[-1] for folders in parents]]           # the class: next to the picture
+    if depths == {2}:
+        columns.append([folders[0] for folders in parents])    # the style: above the class
+    names = [sorted(set(column)) for column in columns]
+    splits = [name for name in names[-1] if SPLIT_NAME.fullmatch(name.lower())]
+    require(not splits, f"'{data_dir}' is divided into {', '.join(splits)}; name one of "
+            "these folders with --data-dir, or rename it if it is a class or a style")
+    numbers = [torch.tensor([values.index(name) for name in column])
+               for values, column in zip(names, columns)]
+    return torch.stack(numbers, 1), names
+
+def decode(paths, size):
+    """Images uint8 (N, 3, size, size) of the readable pictures, and their indices (N,)."""
+    images = []
+    readable = []
+    for i, path in enumerate(progress(paths, "decoding", len(paths))):
+        try:
+            images.append(read_image(path, size))
+            readable.append(i)
+        except UNREADABLE as e:
+            say(f"skipped {path}: not a readable image ({type(e).__name__})")
+    require(len(readable) >= 0.8 * len(paths), f"over a fifth of {len(paths)} pictures are broken")
+    return torch.stack(images), torch.tensor(readable)
 
 def load_folder(data_dir, split, size):
     """Images (N, 3, size, size), labels and names of STYLE/OBJECT/*.jpg (UnlearnCanvas) or
     CLASS/*.jpg. A tenth of each label's images, at least one of two, is the test split; runs/cache
     keeps all."""
     paths = find_images(data_dir, quiet=split == "test")
-    columns = list(zip(*(path.relative_to(data_dir).parts[-2::-1] for path in paths)))
-    require(len({len(path.parts) for path in paths}) == 1 and len(columns) in (1, 2),
-            f"'{data_dir}' must hold images as STYLE/OBJECT/*.jpg or CLASS/*.jpg, at one depth; it "
-            f"holds {len(paths)} images; name the folder with --data-dir")
-    factors = [np.unique(column, return_inverse=True) for column in columns]       # class first
-    names, y = [values.tolist() for values, _ in factors], np.stack([i for _, i in factors], 1)
-    splits = {n for n in names[-1] if re.fullmatch("(train|test|val|valid|validat|eval|evaluat|dev)"
-                                                   "(ing|ion)?", n.lower())}
-    require(not splits, f"'{data_dir}' is divided into {', '.join(sorted(splits))}; name one of "
-            "these folders with --data-dir, or rename it if it is a class or a style")
-    cache, images, good = Path("runs", "cache", f"{folder_key(paths)}-{size}.pt"), [], []
+    y, names = folder_labels(paths, data_dir)
+    cache = Path("runs", "cache", f"{folder_key(paths)}-{size}.pt")
     if cache.is_file():
-        data = load_file(cache, "images")
+        stored = load_file(cache, "images")
+        images, readable = stored["images"], stored["readable"]
     else:
-        for n in progress(torch.arange(len(paths)), "decoding", len(paths)):
-            try:
-                images.append(read_image(paths[n], size))
-                good.append(n)
-            except Exception as e:                     # whatever Pillow says of a broken file
-                print(f"skipped {paths[n]}: not a readable image ({type(e).__name__})")
-        require(len(good) >= 0.8 * len(paths), f"over a fifth of '{data_dir}' is broken")
-        data = {"images": torch.stack(images), "good": torch.stack(good)}
-        if len(good) == len(paths):                    # else they are looked at again
-            save_file(cache, "images", data)
-        for factor, values, labels in zip(FACTORS, names, y[good].T):
-            counts = zip(values, np.bincount(labels, minlength=len(values)))
-            print(f"{factor}: " + ", ".join(f"{name} {n}" for name, n in counts))
-        print(f"{data_dir}: {len(good)} of {len(paths)} images")
-    y, files = torch.from_numpy(y)[data["good"]], [paths[i].name for i in data["good"]]
+        images, readable = decode(paths, size)
+        if len(readable) == len(paths):                # else they are looked at again
+            save_file(cache, "images", {"images": images, "readable": readable})
+        for factor, values, labels in zip(FACTORS, names, y[readable].T):
+            counts = labels.bincount(minlength=len(values)).tolist()
+            say(f"{factor}: " + ", ".join(f"{name} {n}" for name, n in zip(values, counts)))
+        say(f"{data_dir}: {len(readable)} of {len(paths)} images")
+    y = y[readable]
     held_out = torch.zeros(len(y), dtype=torch.bool)
-    for cell in torch.unique(y, dim=0):
-        index = (y == cell).all(1).nonzero().flatten().tolist()
-        index.sort(key=lambda i: hashlib.sha256(os.fsencode(files[i])).digest())
-        held_out[index[:max(len(index) // 10, len(index) > 1)]] = True
+    for label in torch.unique(y, dim=0):
+        same = (y == label).all(1).nonzero().flatten().tolist()
+        same.sort(key=lambda i: name_hash(paths[readable[i]]))
+        n = len(same) // 10
+        if n == 0 and len(same) > 1:
+            n = 1
+        held_out[same[:n]] = True
     keep = held_out if split == "test" else ~held_out
-    return data["images"][keep], y[keep], names
+    return images[keep], y[keep], names
+
+def name_hash(path):
+    """Puts pictures into an order that has nothing to do with their names' own."""
+    return hashlib.sha256(os.fsencode(path.name)).digest()
 
 # ---- the public checkpoints ----------------------------------------------------------------------
 
@@ -333,47 +404,62 @@ def import_public(path):
     the last row of ours. The EMA weights are taken, which sample best (the public unlearning
     starts from the raw ones). Every key must be used once.
     """
-    with explain(f"{path} is not a CIFAR-10 checkpoint of the public SalUn/SFRon/SA code, a list "
-                 "of model, optimiser, step and EMA with the paper's layers"):
-        raw, *_, ema = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = {k.removeprefix("module."): v for k, v in [*raw.items(), *ema.items()]}
-        null = theirs.pop("null_classes_emb").reshape(1, -1)
-        weights = {"label_embs.0.weight": torch.cat([theirs.pop("classes_emb.weight"), null])}
-        for key, value in theirs.items():
-            for pattern, ours in PUBLIC_KEYS.items():
-                key = re.sub(pattern, ours, key)
-            weights[key] = value
-        model = UNet(make_config("paper", 32, 3, (len(CIFAR10),)))
+    advice = (f"{path} is not a CIFAR-10 checkpoint of the public SalUn/SFRon/SA code, a list of "
+              "model, optimiser, step and EMA with the paper's layers")
+    with explain(advice, OSError, EOFError, pickle.UnpicklingError, RuntimeError):
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    require(isinstance(stored, list) and len(stored) > 1, advice)
+    theirs = {}
+    for part in (stored[0], stored[-1]):               # what the EMA lacks is taken from the model
+        require(isinstance(part, dict), advice)
+        theirs.update({key.removeprefix("module."): value for key, value in part.items()})
+    weights = {}
+    for key, value in theirs.items():
+        for pattern, ours in PUBLIC_KEYS.items():
+            key = re.sub(pattern, ours, key)
+        weights[key] = value
+    model = UNet(make_config("paper", 32, 3, (len(CIFAR10),)))
+    with explain(advice, KeyError, RuntimeError):      # a key or a shape that does not fit
+        null = weights.pop("null_classes_emb").reshape(1, -1)
+        weights["label_embs.0.weight"] = torch.cat([weights.pop("classes_emb.weight"), null])
         model.load_state_dict(weights)
     return model
 
-# ---- stage 1 and what all stages share -----------------------------------------------------------
+# ---- what all stages share -----------------------------------------------------------------------
 
-def stage_parser(doc, out, samples=None, sampler_steps=50):
+def stage_parser(doc, out, samples=None, sampler_steps=None):
     """The parser of a script, with the flags that work alike in every stage, and their defaults."""
     parser = make_parser(doc)
     flag = parser.add_argument_group("data, training, machine").add_argument
-    flag("--dataset", choices=DATASETS, help="default shapes, or the model's own")
+    flag("--dataset", choices=DATASETS,
+         help="default shapes, or the model's own")
     flag("--data-dir", metavar="DIR", type=os.path.expanduser, default="data",
          help="where data lie, or are put (data)")
-    flag("--steps", metavar="N", type=number(int, 0, 10 ** 8), help="of training; default: to fit")
-    flag("--batch-size", metavar="N", type=number(int, 1, 65536), help="images a step and term")
-    flag("--samples", metavar="N", type=number(int, 1, 10 ** 6), default=samples,
-         help=f"images to draw (default {samples or 'one of each condition'})")
-    flag("--sampler-steps", metavar="N", type=number(int, 1, T), default=sampler_steps,
-         help=f"DDIM steps of each (default {sampler_steps})")
-    flag("--seed", metavar="N", type=number(int, 0, 2 ** 31), default=0, help="of all chance (0)")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    flag("--steps", metavar="N", type=number(int, 0, 10 ** 8),
+         help="of training; default: to fit")
+    flag("--batch-size", metavar="N", type=number(int, 1, 65536),
+         help="images a step and term")
+    if samples:
+        flag("--samples", metavar="N", type=number(int, 1, 10 ** 6), default=samples,
+             help=f"images to draw for an evaluation (default {samples})")
+        flag("--sampler-steps", metavar="N", type=number(int, 1, T), default=sampler_steps,
+             help=f"DDIM steps of each (default {sampler_steps})")
+    flag("--seed", metavar="N", type=number(int, 0, 2 ** 31), default=0,
+         help="of all chance (0)")
+    flag("--device", default="auto",
+         help="auto (cuda, else cpu), cpu, cuda, cuda:1, mps")
+    flag("--compile", action="store_true",
+         help="torch.compile the network: for long GPU runs")
     flag("--out", metavar="DIR", type=os.path.expanduser,
          help=f"run folder; default runs/<dataset>/{out}")
     return parser
 
-def fill(args, **usual):
-    """Put usual values where the user gave none; returns all of them by name."""
-    for key, value in usual.items():
+def set_defaults(args, **defaults):
+    """Put defaults where the user gave no value; returns the values of all of them by name."""
+    for key, value in defaults.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    return {key: getattr(args, key) for key in usual}
+    return {key: getattr(args, key) for key in defaults}
 
 def load_run(path, args):
     """(model, info, training images, labels) of a checkpoint and its data, as args say."""
@@ -385,108 +471,147 @@ def load_run(path, args):
     images, y, names = load_data(args.dataset, "train", args.data_dir, device, size)
     require(names == info["names"], f"{path} knows other names than '{args.data_dir}': give the "
             "folder that it was trained on with --data-dir")
+    if args.compile:
+        compile_network(model)
     return model, info, images, y
 
 def picture_labels(names, pairs=(), most=12):
     """Labels and layout of a picture: a column per class; a row per style, or four rows. Of a
     factor with more than `most` values evenly spaced ones are shown, and those in pairs."""
-    y = all_labels(names)
+    shown = []
     for factor, values in enumerate(names):
-        spaced = [(factor, v) for v in range(0, len(values), math.ceil(len(values) / most))]
-        y = y[matches(y, spaced + [pair for pair in pairs if pair[0] == factor])]
-    heads = [names[0][c] for c in y[:, 0].unique()]
-    y = y.view(len(heads), -1, len(names)).transpose(0, 1).reshape(-1, len(names))
+        chosen = set(range(0, len(values), math.ceil(len(values) / most)))
+        chosen |= {v for f, v in pairs if f == factor}
+        shown.append(sorted(chosen))
+    heads = [names[0][c] for c in shown[0]]
     if len(names) == 1:
-        return y.repeat(4, 1), dict(columns=len(heads), rows=[""] * 4, heads=heads)
-    rows = [names[1][s] for s in y[::len(heads), 1]]
-    return y, dict(columns=len(heads), rows=rows, heads=heads)
+        rows = [""] * 4
+        y = [[c] for _ in rows for c in shown[0]]
+    else:
+        rows = [names[1][s] for s in shown[1]]
+        y = [[c, s] for s in shown[1] for c in shown[0]]
+    return torch.tensor(y), dict(columns=len(heads), rows=rows, heads=heads)
 
-def finish(folder, model, info, args, command, **result):
-    """Save the model and result.json of a stage; say what was written and what to run next."""
+def save_result(folder, model, info, args, **result):
+    """Save a stage's model.pt and result.json, before any picture of it is drawn."""
     save_checkpoint(folder / "model.pt", model, info)
     result = {**info["made_by"], "dataset": info["dataset"], **result, "args": vars(args)}
     write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+def say_next(folder, args, command):
+    """Say what a stage wrote, and what to run next."""
     written = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if args.data_dir != "data":
         command = [*command, "--data-dir", Path(args.data_dir).as_posix()]
-    print(f"wrote {', '.join(written)} into {folder}\nnext: python {shlex.join(command)}")
+    say(f"wrote {', '.join(written)} into {folder}\nnext: python {shlex.join(command)}")
 
-def train(args, images, y, names, excluded, folder):
-    """Pretrain from the first step, or with --resume from the saved state. Returns (EMA model,
-    settings and seconds)."""
-    settings = {k: vars(args)[k] for k in ("dataset", "preset", "seed", *PRETRAIN[args.preset])}
-    settings.update(excluded=excluded, names=names, image_size=images.shape[2])
-    state = folder / "train.pt"
+# ---- stage 1 -------------------------------------------------------------------------------------
+
+def parse_args():
+    parser = stage_parser(__doc__, "pretrain")
+    flag = parser.add_argument
+    flag("--resume", action="store_true",
+         help="go on with the run in its folder")
+    flag("--image-size", type=int, choices=(32, 64, 128), default=64,
+         help="of a folder (64)")
+    flag("--preset", choices=PRESETS,
+         help="the network; default small, paper for cifar10")
+    flag("--exclude-cls", nargs="+", action="extend", metavar="K",
+         help="classes never to be seen")
+    flag("--exclude-style", nargs="+", action="extend", metavar="K",
+         help="styles never to be seen")
+    flag("--import", dest="public", metavar="FILE", type=os.path.expanduser,
+         help="convert a public CIFAR-10 checkpoint")
+    args = parser.parse_args()
+    set_defaults(args, dataset="cifar10" if args.public else "shapes")
+    set_defaults(args, preset="paper" if args.dataset == "cifar10" else "small")
+    if args.dataset == "fashion" and args.preset == "small":
+        set_defaults(args, steps=FASHION_STEPS)
+    set_defaults(args, **PRETRAIN[args.preset])
+    return args
+
+def training_folder(args, excluded):
+    """The folder of the training: with --resume the one of the training that was stopped."""
+    name = f"pretrain-without-{pairs_slug(excluded)}" if excluded else "pretrain"
+    folder = Path(args.out or Path("runs", args.dataset, name))
+    if args.resume and folder.is_dir():
+        empty = not any(folder.glob("[!.]*"))          # stopped before its first save
+        require(empty or (folder / "train.pt").is_file(), f"{folder} has no train.pt to go on "
+                "from; leave --resume out, or name the folder with --out")
+        return folder
+    return run_folder(folder)
+
+def convert_public(args):
+    """Save a public checkpoint as one of this project's."""
+    model = import_public(args.public).to(pick_device(args.device))
+    folder = run_folder(args.out or "runs/cifar10/import")
+    info = dict(dataset="cifar10", names=[CIFAR10], preset="paper", forgotten=[],
+                made_by={"stage": "pretrain", "method": "original"})
+    save_result(folder, model, info, args)
+    say_next(folder, args, ["unlearn.py", "--cls", "0", "--ckpt", folder.as_posix()])
+
+def main():
+    args = parse_args()
+    if args.public:
+        convert_public(args)
+        return
+    device = pick_device(args.device)
+    images, y, names = load_data(args.dataset, "train", args.data_dir, device, args.image_size)
+    excluded = find_pairs(args, names, "exclude_")
+    keep = ~matches(y, excluded)
+    require(keep.any(), "nothing is left to train on; exclude fewer values")
+    images, y = images[keep], y[keep]
+
+    folder = training_folder(args, excluded)
     torch.manual_seed(args.seed)
     cfg = make_config(args.preset, images.shape[2], images.shape[1], [len(n) for n in names])
-    model = UNet(cfg).to(images.device, memory_format=torch.channels_last)
+    model = UNet(cfg).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if args.compile:
-        model.compile()
+        compile_network(model)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    parts, start, seconds = dict(model=model, ema=ema, optimizer=optimizer), 0, 0.0
-    losses = torch.zeros(args.steps, device=images.device)
+    parts = dict(model=model, ema=ema, optimizer=optimizer)
+    settings = {key: getattr(args, key) for key in PRETRAIN[args.preset]}
+    settings.update(dataset=args.dataset, preset=args.preset, seed=args.seed, excluded=excluded,
+                    names=names, image_size=images.shape[2])
+    losses = torch.zeros(args.steps, device=device)
+    start, seconds = 0, 0.0
+    state = folder / "train.pt"
     if args.resume and state.is_file():
-        done, seconds = load_state(state, settings, parts)
-        start, losses[:len(done)] = len(done), done
+        earlier, seconds = load_state(state, settings, parts)
+        start = len(earlier)
+        losses[:start] = earlier
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.dataset}: {len(images)} images {tuple(images.shape[1:])}, network {args.preset}, "
-          f"{millions:.2f} M parameters, from step {start}, into {folder}")
+    say(f"{args.dataset}: {len(images)} images {tuple(images.shape[1:])}, network {args.preset}, "
+        f"{millions:.2f} M parameters, from step {start}, into {folder}")
+
+    flip = args.dataset == "cifar10"
+    training = pretrain(model, ema, optimizer, images, y, args, flip, start)
     labels, layout = picture_labels(names)
-    training = pretrain(model, ema, optimizer, images, y, args, args.dataset == "cifar10", start)
-    saved, began = time.time(), time.time() - seconds
-    for step, loss in enumerate(progress(training, "pretrain", args.steps, start), start + 1):
+    saved = time.time()
+    began = saved - seconds
+    steps = progress(training, "pretrain", args.steps, start, losses=True)
+    for step, loss in enumerate(steps, start + 1):
         losses[step - 1] = loss
-        if step == args.steps or step % 50 == 0 and time.time() - saved > SAVE_SECONDS:
+        last = step == args.steps
+        if last or step % 50 == 0 and time.time() - saved > SAVE_SECONDS:
             require(loss.isfinite(), "the training diverged; give another --batch-size")
             seconds = round(time.time() - began, 1)
             save_state(state, settings, losses[:step].cpu(), seconds, parts)
-            drawn = sample(ema, labels[:args.samples], args.sampler_steps, label="samples")
-            save_grid(drawn, folder / "samples.png", **layout)
+            if not last:
+                save_grid(sample(ema, labels, label="samples"), folder / "samples.png", **layout)
             saved = time.time()
-    write_losses(folder, losses, f"{args.dataset} pretraining")
-    return ema, {**settings, "seconds": seconds}
 
-def main():
-    parser = stage_parser(__doc__, "pretrain")
-    flag = parser.add_argument
-    flag("--resume", action="store_true", help="go on with the run in its folder")
-    flag("--image-size", type=int, choices=(32, 64, 128), default=64, help="of a folder (64)")
-    flag("--preset", choices=PRESETS, help="the network; default small, paper for cifar10")
-    flag("--exclude-cls", nargs="+", metavar="K", help="classes never to be seen")
-    flag("--exclude-style", nargs="+", metavar="K", help="styles never to be seen")
-    flag("--import", dest="public", metavar="FILE", type=os.path.expanduser,
-         help="convert a public CIFAR-10 checkpoint")
-    flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
-    args = parser.parse_args()
-    device = pick_device(args.device)
-    fill(args, dataset="cifar10" if args.public else "shapes")
-    fill(args, preset="paper" if args.dataset == "cifar10" else "small")
-    if args.dataset == "fashion" and args.preset == "small":
-        fill(args, steps=FASHION_STEPS)
-    fill(args, **PRETRAIN[args.preset])
-    if args.public:
-        model, names, excluded, made_by = import_public(args.public).to(device), [CIFAR10], [], {}
-        folder = run_folder(args.out or "runs/cifar10/import")
+    made_by = {"stage": "pretrain", "method": "retrain" if excluded else "original", **settings}
+    info = dict(dataset=args.dataset, names=names, preset=args.preset, forgotten=excluded,
+                made_by=made_by)
+    save_result(folder, ema, info, args, seconds=seconds)
+    save_grid(sample(ema, labels, label="samples"), folder / "samples.png", **layout)
+    write_losses(folder, losses, f"{args.dataset} pretraining")
+    if excluded:
+        say_next(folder, args, ["attack.py", folder.as_posix()])
     else:
-        images, y, names = load_data(args.dataset, "train", args.data_dir, device, args.image_size)
-        excluded = find_pairs(args, names, "exclude_")
-        keep = ~matches(y, excluded)
-        require(keep.any(), "nothing is left to train on; exclude fewer values")
-        what = f"pretrain-without-{pairs_slug(excluded)}" if excluded else "pretrain"
-        folder = Path(args.out or Path("runs", args.dataset, what))
-        if not args.resume or not (folder / "train.pt").is_file():
-            require(not args.resume or not any(folder.glob("[!.]*")), f"{folder} has no train.pt "
-                    "to go on from; leave --resume out, or name the folder with --out")
-            folder = run_folder(folder)
-        model, made_by = train(args, images[keep], y[keep], names, excluded, folder)
-    command = ["attack.py", folder.as_posix()]
-    if not excluded:
-        cls = "0" if names[0][0].startswith("-") else names[0][0]          # no flag
-        command = ["unlearn.py", "--method", "dimum", "--cls", cls, "--ckpt", folder.as_posix()]
-    made_by = {"stage": "pretrain", "method": "retrain" if excluded else "original", **made_by}
-    info = dict(dataset=args.dataset, names=names, preset=args.preset, forgotten=excluded)
-    finish(folder, model, {**info, "made_by": made_by}, args, command)
+        say_next(folder, args, ["unlearn.py", "--cls", "0", "--ckpt", folder.as_posix()])
 
 if __name__ == "__main__":
     run(main)

@@ -8,8 +8,8 @@
     python unlearn.py --style neon --ckpt runs/shapes/dimum-cls1     # both are forgotten then
 
 Leaves runs/<dataset>/<method>-cls1/: model.pt, result.json (the metrics at every point), log.csv,
-loss.png, samples.png (above: before, below: after). D_f is what to forget and D_r what is kept, c_f
-the forgotten label and c' its substitute; l(D) is the diffusion loss, the mean over pixels.
+loss.png, samples.png (above: before, below: after). D_f is what to forget and D_r what is retained,
+c_f the forgotten label and c' its substitute; l(D) is the diffusion loss, the mean over pixels.
 """
 import copy
 import math
@@ -19,28 +19,31 @@ from pathlib import Path
 
 import torch
 
-from fid import evaluator, follow, save_before_after
-from model import (FACTORS, add_noise, antithetic_times, checkpoint_file, diffusion_loss,
-                   drop_labels, explain, find_pairs, find_value, guided_output, load_file,
-                   matches, number, pairs_slug, pairs_text, require, run, run_folder, sample,
-                   save_plot, shipped, T, to_uint8)
-from train_ddpm import (fill, finish, get_batch, load_run, read_image, stage_parser, write_losses)
+from fid import prepare_evaluation, save_before_after, train_and_measure
+from model import (FACTORS, T, add_noise, antithetic_times, checkpoint_file, diffusion_loss,
+                   drop_labels, explain, fail, find_pairs, find_value, guided_output, matches, number,
+                   pairs_slug, pairs_text, require, run, run_folder, sample, save_plot, say,
+                   shipped, to_uint8)
+from train_ddpm import (UNREADABLE, descend, get_batch, load_run, read_image, save_result,
+                        say_next, set_defaults, stage_parser, write_losses)
 
 class Data:
-    """What a run forgets and keeps, as random batches: x (n, C, H, W) in [-1, 1], labels y (n, F).
+    """What a run forgets and retains, as random batches: x (n, C, H, W) in [-1, 1], labels y (n, F).
     forget: the (factor, value) pairs to forget now; earlier: those that the model has forgotten
     before, of which no image is ever drawn."""
     def __init__(self, images, y, names, forget, earlier, args):
-        self.forget_pairs, self.all_pairs = forget, sorted({*forget, *earlier})
-        to_retain = ~matches(y, self.all_pairs)
+        forgotten = sorted({*forget, *earlier})
+        to_retain = ~matches(y, forgotten)
         to_forget = matches(y, forget) & ~matches(y, earlier)
-        self.retain_set = images[to_retain], y[to_retain]
-        self.forget_set = images[to_forget], y[to_forget]
         require(to_forget.any() and to_retain.any(), "there is no image to forget, or none to "
                 "retain; forget fewer values")
-        self.substitutes = substitutes(names, forget, self.all_pairs, args.alternative)
-        self.alternative_set = alternative_set(self, args)
-        self.n, self.flip = args.batch_size, args.dataset == "cifar10"
+        self.forget_pairs = forget
+        self.retain_set = images[to_retain], y[to_retain]
+        self.forget_set = images[to_forget], y[to_forget]
+        self.substitutes = substitutes(names, forget, forgotten, args.alternative)
+        self.alternative_set = alternative_set(self.retain_set, self.substitutes, forget, args)
+        self.n = args.batch_size
+        self.flip = args.dataset == "cifar10"
         self.pixels = images[0].numel()        # C*H*W: the public code sums over pixels
 
     def retain(self):
@@ -59,20 +62,6 @@ class Data:
         for (factor, value), other in self.substitutes.items():
             y[:, factor] = torch.where(y[:, factor] == value, other, y[:, factor])
         return y
-
-def descend(loss, model, optimizer, mask=None, mask_first=False):
-    """One optimiser step down the loss, returned. Gradients are clipped to norm 1 and, where
-    the mask (a bool tensor per parameter) is False, set to 0: after the clipping or before it."""
-    optimizer.zero_grad()
-    loss.backward()
-    if not mask_first:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for p, m in zip(model.parameters(), mask or []):
-        p.grad.mul_(m)
-    if mask_first:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return loss.detach()
 
 # ---- the methods: generators that take a step, yield its loss, and so on -------------------------
 
@@ -131,9 +120,11 @@ def saliency_mask(model, data, batches=40):
     for gradients in guided_gradients(model, data.forget, batches):
         total = [a + g for a, g in zip(total, gradients)]
     flat = torch.cat([g.abs().flatten() for g in total])
+    largest = flat.argsort(descending=True, stable=True)[:len(flat) // 2]
     mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[flat.argsort(descending=True, stable=True)[:len(flat) // 2]] = True
-    return [m.view_as(g) for m, g in zip(mask.split([g.numel() for g in total]), total)]
+    mask[largest] = True
+    parts = mask.split([g.numel() for g in total])
+    return [part.view_as(g) for part, g in zip(parts, total)]
 
 def rl(model, data, optimizer, args):
     """Random label: SalUn without the mask (baseline)."""
@@ -205,7 +196,9 @@ def esd(model, data, optimizer, args):
         x0, y = data.forget()
         t = antithetic_times(len(x0), x0.device)
         x_t, _ = add_noise(model, x0, t, torch.randn_like(x0))
-        target = guided_output(frozen, x_t, t, y, -1 - args.weight)    # -eta cond + (1 + eta) null
+        cond = frozen(x_t, t, y)
+        null = frozen(x_t, t, model.null.expand_as(y))
+        target = null - args.weight * (cond - null)
         loss = (model(x_t, t, y) - target).square().mean()
         yield descend(loss, model, optimizer, mask, mask_first=True)
 
@@ -220,16 +213,17 @@ def sa(model, data, optimizer, args, replayed=200, examples=50):
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     cells = torch.unique(data.retain_set[1], dim=0)
     labels = cells.repeat_interleave(math.ceil(replayed / len(cells)), 0)
-    replay = to_uint8(sample(model, labels, steps=20, seed=99, label="sa: replay")), labels
+    replayed_images = to_uint8(sample(model, labels, steps=20, seed=99, label="sa: replay"))
+    replay = replayed_images, labels
     fisher = fisher_diagonal(model, *get_batch(*replay, examples))
     for _ in range(args.steps):
         x0, y = data.forget()
         noise = torch.rand_like(x0) * 2 - 1
-        loss = diffusion_loss(model, noise, y, p_drop=0).mean()
-        loss = loss + diffusion_loss(model, *get_batch(*replay, data.n, data.flip), p_drop=0).mean()
+        forget = diffusion_loss(model, noise, y, p_drop=0).mean()
+        keep = diffusion_loss(model, *get_batch(*replay, data.n, data.flip), p_drop=0).mean()
         weights = zip(fisher, model.parameters(), frozen.parameters())
         change = sum((f * (p - q).square()).sum() for f, p, q in weights)
-        loss = data.pixels * loss + args.weight * change
+        loss = data.pixels * (forget + keep) + args.weight * change
         yield descend(loss, model, optimizer) / data.pixels
 
 def fisher_diagonal(model, x0, y, times=10):
@@ -252,20 +246,49 @@ def fisher_diagonal(model, x0, y, times=10):
     model.train()
     return total
 
-# (method, settings with the preset small, with paper): steps, images of each term, learning rate,
-# weight (lambda, alpha, eta, ...). small: one budget for all that can live with it, weights chosen
-# on class bar and style dots (assets/study/README.md); the rate falls to 0 along a cosine.
-# paper: of the method's own paper or public code; the rate is constant.
+# With the preset small all methods that can live with it have one budget; `weight` is the method's
+# own (lambda, alpha, eta, ...), chosen on class bar and style dots (assets/study/README.md), and the
+# rate falls to 0 along a cosine. With paper: the settings of the method's own paper or public code,
+# with a constant rate.
+BUDGET = dict(steps=200, batch_size=16, lr=1e-3, weight=1.0)
+PAPER = dict(steps=1000, batch_size=128, lr=1e-4, weight=1.0)
 METHODS = {
-    "dimum": (dimum, (200, 16, 1e-3, 1.0), (10000, 64, 1e-4, 1.0)),
-    "salun": (salun, (200, 16, 1e-3, 3e-3), (1000, 128, 1e-4, 1e-3)),
-    "sfron": (sfron, (200, 16, 1e-3, 10.0), (150, 128, 1e-4, 10.0)),
-    "esd": (esd, (200, 16, 3e-4, 1.0), (1000, 128, 1e-5, 1.0)),
-    "sa": (sa, (200, 16, 1e-3, 0.01), (20000, 128, 1e-4, 10.0)),
-    "ga": (ga, (200, 16, 3e-4, 0.6), (1000, 128, 1e-4, 0.05)),
-    "rl": (rl, (200, 16, 1e-3, 3e-3), (1000, 128, 1e-4, 1e-3)),
-    "finetune": (finetune, (200, 16, 1e-3, 1.0), (1000, 128, 1e-4, 1.0)),
-    "swap": (swap, (0, 16, 1e-3, 1.0), (0, 128, 1e-4, 1.0)),
+    "dimum": dict(
+        function=dimum,
+        small=BUDGET,
+        paper=dict(PAPER, steps=10000, batch_size=64)),
+    "salun": dict(
+        function=salun,
+        small=dict(BUDGET, weight=3e-3),
+        paper=dict(PAPER, weight=1e-3)),
+    "sfron": dict(
+        function=sfron,
+        small=dict(BUDGET, weight=10.0),
+        paper=dict(PAPER, steps=150, weight=10.0)),
+    "esd": dict(
+        function=esd,
+        small=dict(BUDGET, lr=3e-4),
+        paper=dict(PAPER, lr=1e-5)),
+    "sa": dict(
+        function=sa,
+        small=dict(BUDGET, weight=0.01),
+        paper=dict(PAPER, steps=20000, weight=10.0)),
+    "ga": dict(
+        function=ga,
+        small=dict(BUDGET, lr=3e-4, weight=0.6),
+        paper=dict(PAPER, weight=0.05)),
+    "rl": dict(
+        function=rl,
+        small=dict(BUDGET, weight=3e-3),
+        paper=dict(PAPER, weight=1e-3)),
+    "finetune": dict(
+        function=finetune,
+        small=BUDGET,
+        paper=PAPER),
+    "swap": dict(
+        function=swap,
+        small=dict(BUDGET, steps=0),
+        paper=dict(PAPER, steps=0)),
 }
 
 # ---- what is learned instead ---------------------------------------------------------------------
@@ -273,20 +296,23 @@ METHODS = {
 def substitutes(names, forget, forgotten, spec):
     """{(factor, value): c'} for all that is forgotten: the first value after it, (c_f + 1) mod K
     as in SalUn, that is not forgotten itself; for the pairs to forget now the K of "class:K"."""
-    found, (kind, _, what) = {}, spec.partition(":")
-    chosen = forget if kind == "class" and what else []
+    kind, _, name = spec.partition(":")
+    chosen = forget if kind == "class" and name else []
     require(len({factor for factor, _ in chosen}) < 2, f"--alternative {spec} fits one factor: "
             "forget class and style one after the other")
+    found = {}
     for factor, value in forgotten:
         free = [v for v in range(len(names[factor])) if (factor, v) not in forgotten]
-        found[factor, value] = next((v for v in free if v > value), free[0])
+        later = [v for v in free if v > value]
+        other = later[0] if later else free[0]
         if (factor, value) in chosen:
-            found[factor, value] = find_value(what, names[factor], "--alternative class:")
-            require(found[factor, value] in free, f"--alternative {spec} is forgotten itself; take "
-                    f"another, such as class:{free[0]}")
+            other = find_value(name, names[factor], "--alternative class:")
+            require(other in free, f"--alternative {spec} is forgotten itself; take another, such "
+                    f"as class:{free[0]}")
+        found[factor, value] = other
     return found
 
-def alternative_set(data, args):
+def alternative_set(retain_set, substitutes, forget, args):
     """What DiMUM memorises, for all that is forgotten now or earlier: images uint8 (N, C, H, W),
     none of which shows it, and labels (N, F) *with the forgotten value in them*.
 
@@ -294,20 +320,22 @@ def alternative_set(data, args):
     reading of the paper), "mix" (all retained images), "image:PATH" (one picture) or "noise"; what
     was forgotten earlier has "class". args.alt_size: a random subset of so many images for each.
     """
-    sets = []
-    for factor, value in data.all_pairs:
-        images, y = data.retain_set
-        spec = args.alternative if (factor, value) in data.forget_pairs else "class"
-        kind, _, what = spec.partition(":")
+    all_images = []
+    all_labels = []
+    for (factor, value), other in substitutes.items():
+        images, y = retain_set
+        spec = args.alternative if (factor, value) in forget else "class"
+        kind, _, path = spec.partition(":")
         require(kind in ("class", "image", "noise", "mix"), f"--alternative {spec} is not class:K, "
                 "mix, image:PATH or noise")
         if kind == "class":
-            same = y[:, factor] == data.substitutes[factor, value]
+            same = y[:, factor] == other
             images, y = images[same], y[same]
         elif kind == "image":
-            with explain(f"--alternative {spec} cannot be read; give the path of a picture"):
-                channels, size = images.shape[1:3]
-                picture = read_image(os.path.expanduser(what), size, channels)
+            channels, size = images.shape[1:3]
+            with explain(f"--alternative {spec} cannot be read; give the path of a picture",
+                         *UNREADABLE):
+                picture = read_image(os.path.expanduser(path), size, channels)
             y = torch.unique(y, dim=0)
             images = picture.to(y.device).expand(len(y), -1, -1, -1)
         elif kind == "noise":
@@ -319,104 +347,110 @@ def alternative_set(data, args):
             images, y = images[index], y[index]
         y = y.clone()
         y[:, factor] = value
-        sets.append((images, y))
-    return [torch.cat(part) for part in zip(*sets)]
+        all_images.append(images)
+        all_labels.append(y)
+    return torch.cat(all_images), torch.cat(all_labels)
 
 # ---- stage 2 -------------------------------------------------------------------------------------
 
 def find_model(args):
-    """The checkpoint to unlearn in: --ckpt, else the pretraining here, else the shipped model."""
+    """The checkpoint to unlearn in: --ckpt, else the shipped model, else the pretraining here."""
     if args.ckpt:
         return checkpoint_file(args.ckpt)
     name = args.dataset or "shapes"
-    trained, ours = Path("runs", name, "pretrain", "model.pt"), shipped(f"{name}.pt")
-    found = [path for path in (trained, ours) if path.is_file()]
-    require(found, f"there is no {name} model yet; run 'python train_ddpm.py --dataset {name} "
-            f"--data-dir {shlex.quote(args.data_dir)}', or name one with --ckpt")
-    if len(found) == 1:
-        return found[0]
-    steps = [load_file(path, "unet")["made_by"]["steps"] for path in found]
-    require(steps[0] >= steps[1], f"the model trained here has {steps[0]} steps, the shipped one "
-            f"{steps[1]}; say which: --ckpt {trained.as_posix()} or --ckpt {ours.as_posix()}")
-    return trained
+    for path in (shipped(f"{name}.pt"), Path("runs", name, "pretrain", "model.pt")):
+        if path.is_file():
+            return path
+    fail(f"there is no {name} model yet; run 'python train_ddpm.py --dataset {name} "
+         f"--data-dir {shlex.quote(args.data_dir)}', or name one with --ckpt")
 
-def check_forget(forget, info, path):
-    """One line where there is nothing to forget, nothing would be left, or it is forgotten
-    already. (What an attack may have brought back can be unlearned again.)"""
-    names = info["names"]
+def check_forget(forget, forgotten, names):
+    """One line where there is nothing to forget, or nothing would be left of a factor."""
     require(forget, "say what to forget, by name or number: --cls 1, --style sketch, or both")
-    again = [pair for pair in forget if pair in info["forgotten"]]
-    require(not again or info["made_by"]["stage"] == "attack", f"{path} has forgotten "
-            f"{pairs_text(again, names)} already; forget something else")
     for factor, values in enumerate(names):
-        left = {(factor, v) for v in range(len(values))} - {*forget, *info["forgotten"]}
-        require(left, f"--{FACTORS[factor]}: one of {', '.join(values)} must remain; forget fewer")
+        gone = [pair for pair in forgotten if pair[0] == factor]
+        require(len(gone) < len(values),
+                f"--{FACTORS[factor]}: one of {', '.join(values)} must remain; forget fewer")
 
-def cosine(steps, optimizer, total):
+def cosine(training, optimizer, steps):
     """The steps of a method, while its learning rate falls to 0 along a cosine."""
     lr = optimizer.param_groups[0]["lr"]
-    for step, loss in enumerate(steps, 1):
+    for step, loss in enumerate(training, 1):
         yield loss
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
 
-def main():
+def parse_args():
     parser = stage_parser(__doc__, "<method>-cls1", samples=240, sampler_steps=20)
     flag = parser.add_argument
-    flag("--method", choices=[*METHODS, "sfront"], default="dimum", help="default dimum")
-    flag("--cls", nargs="+", metavar="K", help="classes to forget, by name or number")
-    flag("--style", nargs="+", metavar="K", help="styles to forget")
+    flag("--method", choices=[*METHODS, "sfront"], default="dimum",
+         help="default dimum")
+    flag("--cls", nargs="+", action="extend", metavar="K",
+         help="classes to forget, by name or number")
+    flag("--style", nargs="+", action="extend", metavar="K",
+         help="styles to forget")
     flag("--ckpt", metavar="MODEL", type=os.path.expanduser,
-         help="default: the pretraining in runs/, or the shipped model")
-    flag("--lr", metavar="X", type=number(float, 0, 10), help="learning rate; default by method")
+         help="default: the shipped model, or the pretraining in runs/")
+    flag("--lr", metavar="X", type=number(float, 0, 10),
+         help="learning rate; default by method")
     flag("--lambda", dest="weight", type=number(float, 0, 1e9), metavar="X",
          help="the method's weight: lambda, alpha, eta")
-    flag("--alternative", default="class", metavar="WHAT", help="c': class:K, also for styles "
+    flag("--alternative", default="class", metavar="SPEC", help="c': class:K, also for styles "
          "(default: the next value); for DiMUM also mix, image:PATH or noise")
-    flag("--alt-size", type=number(int, 1), metavar="N", help="DiMUM memorises N images of each")
-    flag("--eval-every", nargs="+", type=number(int, 1), metavar="N",
+    flag("--alt-size", type=number(int, 1), metavar="N",
+         help="DiMUM memorises N images of each")
+    flag("--eval-every", nargs="+", type=number(int, 1), default=[], metavar="N",
          help="measure every N steps, or at several")
-    flag("--compile", action="store_true", help="torch.compile the network: for long GPU runs")
     args = parser.parse_args()
-    args.method = args.method.replace("sfront", "sfron")               # the paper writes Sfront
+    if args.method == "sfront":                        # as the paper writes it
+        args.method = "sfron"
+    return args
+
+def main():
+    args = parse_args()
     path = find_model(args)
     model, info, images, y = load_run(path, args)
-    names, forget = info["names"], find_pairs(args, info["names"])
-    check_forget(forget, info, path)
-    method, small, paper = METHODS[args.method]
-    usual = small if info["preset"] == "small" else paper
-    settings = fill(args, **dict(zip(("steps", "batch_size", "lr", "weight"), usual)))
-    print(f"{args.method}: forget {pairs_text(forget, names)} in {path}; {args.steps} steps, "
-          f"{args.batch_size} images a term, lr {args.lr:g}, weight {args.weight:g}")
-
+    names = info["names"]
+    forget = find_pairs(args, names)
     earlier = [pair for pair in info["forgotten"] if pair not in forget]
-    forgotten = sorted({*forget, *earlier})
+    forgotten = sorted([*forget, *earlier])
+    check_forget(forget, forgotten, names)
+    method = METHODS[args.method]
+    settings = set_defaults(args, **method[info["preset"]])
+    say(f"{args.method}: forget {pairs_text(forget, names)} in {path}; {args.steps} steps, "
+        f"{args.batch_size} images a term, lr {args.lr:g}, weight {args.weight:g}")
+
+    evaluation = prepare_evaluation(info, images, y, targets=forgotten, forgotten=forgotten,
+                                    args=args)
     torch.manual_seed(args.seed)
     data = Data(images, y, names, forget, earlier, args)
-    measure, protocol = evaluator(info, images, y, forgotten, forgotten, args, "ua")
-    torch.manual_seed(args.seed)               # again: a classifier may have been trained
-    slug = f"{args.method}-{pairs_slug(forget)}" + (f"-after-{path.parent.name}" if earlier else "")
-    folder = run_folder(args.out or Path("runs", args.dataset, slug))
-    if args.compile:
-        model.compile()
+    name = f"{args.method}-{pairs_slug(forget)}"
+    if earlier:
+        name += f"-after-{path.parent.name}"
+    folder = run_folder(args.out or Path("runs", args.dataset, name))
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    steps = method(model.train(), data, optimizer, args)
+    training = method["function"](model.train(), data, optimizer, args)
     if info["preset"] == "small":
-        steps = cosine(steps, optimizer, args.steps)
-    curve, losses, seconds, pictures, y = follow(model, steps, args.method, args, measure,
-                                                 args.eval_every or (), retained=True)
+        training = cosine(training, optimizer, args.steps)
+
+    curve, samples, losses, seconds = train_and_measure(
+        model, training, evaluation, args.eval_every, args, headline="ua", retained=True)
     if len(forgotten) > 1:
-        each = curve[-1]["ua_of"].items()
-        print("UA of each:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in each))
+        each = [f"{name} {100 * ua:.1f} %" for name, ua in curve[-1]["ua_of"].items()]
+        say("UA of each:", ", ".join(each))
+
+    settings.update(alternative=args.alternative, alt_size=args.alt_size)
+    info["forgotten"] = forgotten
+    info["made_by"] = {"stage": "unlearn", "method": args.method, "seed": args.seed,
+                       "settings": settings, "from": str(path)}
+    save_result(folder, model, info, args, forget=pairs_text(forget, names), seconds=seconds,
+                curve=curve, protocol=evaluation.protocol)
+    save_before_after(folder / "samples.png", evaluation, forgotten, samples[0], samples[-1])
     write_losses(folder, losses, args.method)
-    save_before_after(folder / "samples.png", names, forgotten, y, pictures)
     if args.eval_every:
-        fids = [p["step"] for p in curve], [p["fid"] or 0 for p in curve]
-        save_plot(folder / "fid.png", {args.method: fids}, "FID of retained conditions", "step")
-    made_by = {"stage": "unlearn", "method": args.method, "from": str(path), "seed": args.seed,
-               "alternative": args.alternative, "alt_size": args.alt_size, **settings}
-    info.update(forgotten=forgotten, made_by=made_by)
-    finish(folder, model, info, args, ["attack.py", folder.as_posix()],
-           forget=pairs_text(forget, names), seconds=seconds, curve=curve, protocol=protocol)
+        fids = [point["step"] for point in curve], [point["fid"] or 0 for point in curve]
+        save_plot(folder / "fid.png", {"FID of retained conditions": {args.method: fids}},
+                  "step", "FID")
+    say_next(folder, args, ["attack.py", folder.as_posix()])
 
 if __name__ == "__main__":
     run(main)
