@@ -30,13 +30,13 @@ import torch
 
 from fid import (draw_samples, fid_text, percent, prepare_evaluation, save_before_after,
                  train_and_measure)
-from model import (all_labels, checkpoint_file, diffusion_loss, draw_grid, explain,
-                   find_pairs, load_checkpoint, matches, number, pairs_slug, pairs_text, require,
+from model import (checkpoint_file, diffusion_loss, draw_grid, explain,
+                   find_pairs, load_checkpoint, matches, number, pairs_slug, pairs_text, plain, require,
                    run, run_folder, sample, save_grid, save_plot, say, to_uint8,
                    write_file, write_text)
-from train_ddpm import (UNREADABLE, descend, find_images, get_batch, load_data, load_run,
-                        read_image, save_result, say_next, set_defaults, stage_parser,
-                        write_losses)
+from train_ddpm import (UNREADABLE, descend, file_hash, find_images, get_batch, load_data,
+                        load_run, read_image, save_result, say_next, set_defaults, stage_parser,
+                        started_from, write_losses)
 
 class AttackData:
     """The attacker's images uint8 (N, C, H, W) and labels (N, F) as random batches. targets: the
@@ -106,11 +106,13 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
         require(k.isdecimal() and int(k) > 0, f"--aux {aux}: say how many, such as {kind}:10")
         return forgotten_images(images, y, forgotten, int(k), beside_retained=kind == "fewshot")
     if aux == "generated":
-        return generate(model, info["names"], forgotten)
+        return generate(model, info, forgotten)
     if aux == "pretrained":
-        require("from" in info["made_by"], "--aux pretrained: this model was not unlearned from "
-                "another one")
-        return generate(original_model(info, model.null.device), info["names"], forgotten)
+        original = original_model(info, model.null.device)
+        path = info["made_by"].get("from")
+        require(original, f"--aux pretrained: the model that was unlearned in is not to be found "
+                f"({path}, unchanged); start from the folder where it was")
+        return generate(original, info, forgotten)
     if aux == "heldout":
         size = model.cfg.image_size
         images, y, _ = load_data(info["dataset"], "test", data_dir, model.null.device, size)
@@ -134,17 +136,21 @@ def forgotten_images(images, y, forgotten, k, beside_retained):
         index = torch.cat([retained, index.repeat(math.ceil(len(retained) / len(index)))])
     return images[index], y[index]
 
-def generate(model, names, forgotten):
+def generate(model, info, forgotten):
     """About 500 samples of the conditions without a forgotten value, and their labels."""
-    y = all_labels(names).to(model.null.device)
+    y = torch.tensor(info["conditions"], device=model.null.device)
     y = y[~matches(y, forgotten)]
     y = y.repeat_interleave(math.ceil(500 / len(y)), 0)
     return to_uint8(sample(model, y, steps=20, seed=99, label="auxiliary images")), y
 
 def original_model(info, device):
-    """The model that was unlearned in first."""
+    """The model that was unlearned in first; None where its file is gone or has been replaced."""
+    model = None
     while "from" in info["made_by"]:
-        model, info = load_checkpoint(info["made_by"]["from"], device)
+        path = Path(info["made_by"]["from"])
+        if not path.is_file() or file_hash(path) != info["made_by"].get("from_sha256"):
+            return None
+        model, info = load_checkpoint(path, device)
     return model
 
 def read_folder(folder, model, names, forgotten):
@@ -153,22 +159,24 @@ def read_folder(folder, model, names, forgotten):
     forgotten value is used, whatever else its folders say."""
     require(folder and Path(folder).is_dir(), f"--aux {folder} is not retain, heldout, generated, "
             "pretrained, forget:K, fewshot:K or a folder")
-    hidden = {names[factor][value].lower() for factor, value in forgotten}
-    own_name = Path(folder).resolve().name.lower()
+    hidden = {plain(names[factor][value]) for factor, value in forgotten}
+    above = {plain(part) for path in (Path(folder).absolute(), Path(folder).resolve())
+             for part in path.parts}
     null = model.null.tolist()
     images, labels = [], []
     left_out = 0
     unlabelled = set()
     for path in find_images(folder):
-        parts = [part.lower() for part in path.relative_to(folder).parts[:-1]]
-        if hidden & {*parts, own_name}:
+        own = path.resolve().parts                     # where a link leads to
+        parts = [plain(part) for part in path.relative_to(folder).parts[:-1]]
+        if hidden & {*parts, *above, *map(plain, own)}:
             left_out += 1
             continue
         with explain(f"{path} is not a readable image; remove it", *UNREADABLE):
             images.append(read_image(path, model.cfg.image_size, model.cfg.channels))
         label = []
         for values in names:
-            label += [i for i, name in enumerate(values) if name.lower() in parts][:1]
+            label += [i for i, name in enumerate(values) if plain(name) in parts][:1]
         if len(label) < len(names):
             label = null
             unlabelled.add("/".join(parts))
@@ -321,14 +329,14 @@ def main():
 
     attack_settings = {"name": args.attack, "seed": args.seed, **settings}
     info["made_by"] = {"settings": {}, "seed": None, **made_by, "stage": "attack",
-                       "attack": attack_settings, "from": str(path)}
+                       "attack": attack_settings, **started_from(path)}
     result = dict(forget=pairs_text(targets, names), seconds=seconds, curve=curve,
                   protocol=evaluation.protocol)
     save_result(folder, model, info, args, **result)
     samples_of_targets = [x[:len(evaluation.forget)] for x in samples]
     columns = {}
-    if Path(made_by.get("from", "")).is_file():
-        original = original_model({"made_by": made_by}, model.null.device)
+    original = original_model({"made_by": made_by}, model.null.device)
+    if original:
         x = draw_samples(original, evaluation.forget, args.sampler_steps, "before")
         columns["before"] = to_uint8(x)
     for point, x in zip(curve, samples_of_targets):

@@ -2,7 +2,7 @@
 
     python fid.py test assets/shapes.pt                  # a model's samples against real images
     python fid.py real_folder fake_folder                # two folders: Inception as in pytorch-fid
-    python fid.py real_folder fake_folder --features classifier
+    python fid.py real_folder fake_folder --features classifier --dataset shapes
     python fid.py --train-classifier                     # how assets/shapes_classifier.pt was made
     python fid.py --train-classifier --dataset folder --data-dir my_images
 
@@ -26,12 +26,12 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.ops import Conv2dNormActivation
 
-from model import (FACTORS, all_labels, autocast, checkpoint_file, compile_network, explain, fail,
+from model import (FACTORS, autocast, checkpoint_file, compile_network, explain, fail,
                    load_checkpoint, load_file, matches, pairs_text, pick_device, progress, require,
                    run, run_folder, sample, save_file, save_grid, say, shipped, to_uint8, uses_bf16,
                    write_text)
-from train_ddpm import (UNREADABLE, find_images, folder_key, get_batch, load_data, picture_labels,
-                        read_image, set_defaults, stage_parser)
+from train_ddpm import (UNREADABLE, conditions_of, data_key, find_images, get_batch, load_data,
+                        picture_labels, read_image, set_defaults, stage_parser)
 
 NOISE_SEED = 1234       # of all evaluations: all points of all curves start from the same noise
 
@@ -56,11 +56,12 @@ def prepare_evaluation(info, images, y, targets, forgotten, args):
     names, device = info["names"], images.device
     classifier, accuracy = load_classifier(args, device, names, images.shape[2])
     keep = ~matches(y, forgotten)
-    real, _ = balanced(images[keep], y[keep], 4500)
+    real, real_y = balanced(images[keep], y[keep], 4500)
     reference = None
     if len(real) > 1:
-        reference = moments(classifier_features(classifier, real))
-    forget, retain = conditions(names, targets, forgotten, args.samples)
+        reference = moments(classifier_features(classifier, real), equal_weights(real_y))
+    forget, retain = conditions(conditions_of(y), targets, forgotten, args.samples)
+    require(len(forget), f"the data have no picture of {pairs_text(targets, names)} alone")
     machine = f"{torch.get_num_threads()} threads of a {device.type}"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
@@ -83,10 +84,13 @@ def prepare_evaluation(info, images, y, targets, forgotten, args):
     return Evaluation(names, targets, forget, retain, classifier, reference, args.sampler_steps,
                       protocol)
 
-def conditions(names, targets, forgotten, samples):
-    """Which conditions are drawn: labels (N, F) with a target and nothing else that is forgotten, a
-    third of `samples`; and labels (M, F) with nothing that is forgotten, the rest."""
-    labels = all_labels(names)
+def conditions(labels, targets, forgotten, samples):
+    """Which of the conditions (K, F) that the data have are drawn: labels (N, F) with a target and
+    nothing else that is forgotten, a third of `samples`; and labels (M, F) with nothing that is
+    forgotten, the rest."""
+    if samples < len(labels):
+        say(f"--samples {samples} is less than one of each of {len(labels)} conditions; one of each "
+            "is drawn")
     others = [pair for pair in forgotten if pair not in targets]
     forget = labels[matches(labels, targets) & ~matches(labels, others)]
     retain = labels[~matches(labels, forgotten)]
@@ -104,6 +108,11 @@ def balanced(images, y, n):
     each = max(1, n // len(labels))
     index = torch.cat([(y == label).all(1).nonzero()[:each, 0] for label in labels])
     return images[index], y[index]
+
+def equal_weights(y):
+    """A weight for each example, so that each of the labels y (N, F) counts the same in all."""
+    _, label, counts = torch.unique(y, dim=0, return_inverse=True, return_counts=True)
+    return (1 / counts[label]).cpu().numpy()
 
 def draw_samples(model, y, sampler_steps, step):
     """Samples (N, C, H, W) in [-1, 1] for labels y (N, F), on the CPU, from the noise that every
@@ -234,10 +243,11 @@ def save_before_after(path, evaluation, pairs, before, after):
 
 # ---- Frechet distance ----------------------------------------------------------------------------
 
-def moments(features):
-    """Mean (D,) and covariance (D, D) of features (N, D), in float64."""
+def moments(features, weights=None):
+    """Mean (D,) and covariance (D, D) of features (N, D), weighted by weights (N,), in float64."""
     features = np.asarray(features, np.float64)
-    return features.mean(0), np.cov(features, rowvar=False)
+    mean = np.average(features, axis=0, weights=weights)
+    return mean, np.cov(features, rowvar=False, aweights=weights)
 
 def frechet_distance(real, fake):
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of two sets' moments, Heusel et al.
@@ -462,26 +472,27 @@ def train_classifier(args, device):
     words = ", ".join(f"{factor} {100 * a:.2f} %" for factor, a in zip(FACTORS, accuracy))
     say(f"accuracy on {len(x)} test images: {words}\nwrote {folder}/model.pt and samples.png")
 
-def data_key(args):
-    """What tells two data sets with the same names apart: a folder's files."""
-    folder = Path(args.data_dir)
-    return folder_key(find_images(folder, quiet=True)) if args.dataset == "folder" else ""
-
 def load_classifier(args, device, names, size=32):
-    """(classifier, its test accuracy: a list per factor): the newest one trained here for these
-    names, size and folder, else the shipped one."""
+    """(classifier, its test accuracy: a list per factor): the last one trained here for these
+    names, size and pictures, else the shipped one."""
     trained = list(Path("runs", args.dataset).glob("classifier*/model.pt"))
-    trained.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    trained.sort(key=lambda path: (len(path.parent.name), path.parent.name), reverse=True)
     key = data_key(args)
     for path in [*trained, shipped(f"{args.dataset}_classifier.pt")]:
         if not path.is_file():
             continue
         data = load_file(path, "classifier")
-        if (data["names"], data["args"]["size"], data["key"]) == (names, size, key):
-            net = Classifier(**data["args"]).to(device, memory_format=torch.channels_last)
-            net.load_state_dict(data["weights"])
-            return net.eval(), data["accuracy"]
-        say(f"{path} knows other {args.dataset} data: not used")
+        if (data["names"], data["args"]["size"], data["key"]) != (names, size, key):
+            say(f"{path} knows other {args.dataset} data: not used")
+            continue
+        net = Classifier(**data["args"]).to(device, memory_format=torch.channels_last)
+        net.load_state_dict(data["weights"])
+        words = ", ".join(f"{factor} {100 * a:.1f} %"
+                          for factor, a in zip(FACTORS, data["accuracy"]))
+        say(f"classifier {path}: accuracy on test images: {words}")
+        if min(data["accuracy"]) < 0.8:
+            say("warning: below 80 % what it recognises means little; train it for more --steps")
+        return net.eval(), data["accuracy"]
     command = f"python fid.py --train-classifier --dataset {args.dataset}"
     if args.dataset == "folder":
         command += f" --data-dir {shlex.quote(args.data_dir)} --image-size {size}"
@@ -513,7 +524,7 @@ def load_source(source, args, device, size):
             f"{info['dataset']}")
     if args.compile:
         compile_network(model)
-    y = repeat(all_labels(info["names"]), args.samples)
+    y = repeat(torch.tensor(info["conditions"]), args.samples)
     x = sample(model, y, args.sampler_steps, seed=args.seed, label="samples")
     how = f"samples, {args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}"
     return Source(to_uint8(x).cpu(), how, y, info["names"])
@@ -555,6 +566,10 @@ def parse_args():
     flag("--train-classifier", action="store_true",
          help="train the dataset's classifier and stop")
     args = parser.parse_args()
+    if args.features == "classifier":
+        folders = [s for s in (args.real, args.fake) if s and Path(s).is_dir() and not is_model(s)]
+        require(args.dataset or len(folders) < 2, "say by the classifier of which data the folders "
+                "are to be compared, such as --dataset shapes")
     set_defaults(args, dataset="shapes")
     return args
 
@@ -594,7 +609,8 @@ def main():
                 name = FACTORS[factor]
                 result.update(share(name, hit[:, factor]))
                 say(f"{name} recognised: {percent(result, name)} %")
-    reference = moments(features_of(real.images, network, device, "real", **how))
+    weights = None if real.y is None else equal_weights(real.y)
+    reference = moments(features_of(real.images, network, device, "real", **how), weights)
     features = features_of(fake.images, network, device, "fake", **how).numpy()
     result["fid"] = frechet_distance(reference, moments(features))
     result["fid_error"] = fid_error(reference, features)

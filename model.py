@@ -10,12 +10,14 @@ Symbols are those of DDPM (Ho et al. 2006.11239): x_t = sqrt(a_t) x_0 + sqrt(1 -
 label row `model.null` means "no condition" (guidance, Ho & Salimans 2207.12598).
 """
 import argparse
+import atexit
 import io
 import math
 import os
 import pickle
 import sys
 import time
+import unicodedata
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -91,9 +93,9 @@ def ddpm_posterior():
     coef_xt = (1 - betas).sqrt() * (1 - a_prev) / (1 - a)
     return coef_x0, coef_xt
 
-def ddpm_sample(model, x, y, guidance, generator):
-    """x_0 by DDPM's T ancestral steps from noise x. The variance is beta_t ("fixedlarge") and x_0
-    is clamped to [-1, 1], as in the public code."""
+def ddpm_sample(model, x, y, guidance, generators):
+    """x_0 by DDPM's T ancestral steps from noise x, with a generator for each image's noise. The
+    variance is beta_t ("fixedlarge") and x_0 is clamped to [-1, 1], as in the public code."""
     betas, a = (s.tolist() for s in linear_schedule())
     coef_x0, coef_xt = (s.tolist() for s in ddpm_posterior())
     for t in reversed(range(T)):
@@ -102,8 +104,7 @@ def ddpm_sample(model, x, y, guidance, generator):
         x0, _ = split_output(model, out, x, a[t])
         x = coef_x0[t] * x0.clamp(-1, 1) + coef_xt[t] * x
         if t > 0:
-            noise = torch.randn(x.shape, generator=generator, device=x.device)
-            x = x + betas[t] ** 0.5 * noise
+            x = x + betas[t] ** 0.5 * draw_noise(x.shape[1:], generators).to(x.device)
     return x
 
 def ddim_sample(model, x, y, guidance, steps):
@@ -118,26 +119,32 @@ def ddim_sample(model, x, y, guidance, steps):
         x = a[t_next] ** 0.5 * x0 + (1 - a[t_next]) ** 0.5 * eps
     return x
 
+def draw_noise(shape, generators):
+    """Noise (n, *shape), an image from each of n generators of the CPU: the same on every device,
+    and however the images are divided into batches."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
 @torch.inference_mode()
 def sample(model, y, steps=50, sampler="ddim", guidance=2.0, seed=0, batch=50, label=None):
     """Images (B, C, H, W) in [-1, 1] for labels y (B, F); `steps` is for "ddim" only; `label`
     shows progress. Image i depends on seed and i, not on other labels: two models asked with one
     seed start from the same noise."""
     device = model.null.device
-    size = model.cfg.image_size
-    generator = torch.Generator(device).manual_seed(seed)
+    shape = (model.cfg.channels, model.cfg.image_size, model.cfg.image_size)
+    first = torch.Generator().manual_seed(seed)
     batches = y.to(device).split(batch)
     images = []
     was_training = model.training
     model.eval()
-    for labels in progress(batches, label, len(batches)):
-        shape = (len(labels), model.cfg.channels, size, size)
-        x = torch.randn(shape, generator=generator, device=device)
+    for n, labels in enumerate(progress(batches, label, len(batches))):
+        x = draw_noise(shape, [first] * len(labels)).to(device)
         x = x.contiguous(memory_format=torch.channels_last)
         if sampler == "ddim":
             x = ddim_sample(model, x, labels, guidance, steps)
         else:
-            x = ddpm_sample(model, x, labels, guidance, generator)
+            seeds = [(seed << 32) + n * batch + i for i in range(len(labels))]
+            later = [torch.Generator().manual_seed(s) for s in seeds]
+            x = ddpm_sample(model, x, labels, guidance, later)
         images.append(x.clamp(-1, 1).contiguous())
     model.train(was_training)
     return torch.cat(images)
@@ -331,7 +338,8 @@ def autocast(device):
 
 def save_checkpoint(path, model, info):
     """Weights, config and info in one file. info: dataset, names (a list per label factor),
-    preset, forgotten (a list of (factor, value)), made_by (a dict with stage and settings)."""
+    conditions (the labels that the data have), preset, forgotten (a list of (factor, value)),
+    made_by (a dict with stage and settings)."""
     weights = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     save_file(path, "unet", {**info, "config": asdict(model.cfg), "weights": weights})
 
@@ -339,6 +347,7 @@ def load_checkpoint(path, device="cpu"):
     """(model in eval mode and channels_last, info as in save_checkpoint) of a file or folder. A
     UNet that you have changed fails here with PyTorch's list of the weights that do not fit."""
     info = load_file(checkpoint_file(path), "unet")
+    info.setdefault("conditions", all_labels(info["names"]).tolist())
     config = info.pop("config")
     weights = info.pop("weights")
     model = UNet(UNetConfig(**config))
@@ -379,7 +388,7 @@ def write_file(path, write):
     """Call write(temporary path), then rename: a kill leaves the old file or the new one, whole."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with explain(f"cannot write {path}; free some space, or name another --out", OSError):
+    with explain(f"cannot write {path}; free some space, or write elsewhere with --out", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(tmp)
@@ -390,14 +399,15 @@ def write_file(path, write):
 def write_text(path, text):
     write_file(path, lambda tmp: tmp.write_text(text, "utf-8", "replace"))
 
-def run_folder(base):
+def run_folder(base, flag="--out"):
     """Make a folder for a run: `base`, or where that exists base-2, base-3, ... Whoever makes a
-    folder owns it: two runs of one name never share one."""
+    folder owns it: two runs of one name never share one. flag: what names the folder."""
     base = Path(base)
-    require(base.name not in ("", ".."), f"'{base}' is no folder of its own; try --out run")
+    require(base.name not in ("", ".."), f"'{base}' is no folder of its own; try {flag} run")
     folder = base
     n = 1
-    with explain(f"cannot write into {base}; choose another folder with --out", OSError):
+    with explain(f"the folder {base} cannot be made; name one that you may write with {flag}",
+                 OSError):
         base.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
@@ -408,7 +418,13 @@ def run_folder(base):
                 folder = base.with_name(f"{base.name}-{n}")
     if n > 1:
         say(f"{base} exists: this run goes into {folder}")
+    atexit.register(remove_if_empty, folder)
     return folder
+
+def remove_if_empty(folder):
+    """A run that was stopped before it wrote anything leaves its folder's name free."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 # ---- pictures ------------------------------------------------------------------------------------
 
@@ -526,13 +542,17 @@ def matches(y, pairs):
         found |= y[:, factor] == value
     return found
 
+def plain(name):
+    """A name in the form in which names are compared: of one spelling for an accented letter, in
+    small letters, without spaces around."""
+    return unicodedata.normalize("NFC", name).casefold().strip()
+
 def find_value(text, names, flag):
-    """The index of a value: exactly its name, else its name in other letters or its number; fails
-    if it is neither, or may be two."""
+    """The index of a value: exactly its name, else its name in another spelling (`plain`) or its
+    number; fails if it is neither, or may be two."""
     found = [i for i, name in enumerate(names) if name == text]
     if not found:
-        found = [i for i, name in enumerate(names)
-                 if name.lower() == text.lower() or str(i) == text]
+        found = [i for i, name in enumerate(names) if plain(name) == plain(text) or str(i) == text]
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     require(found, f"{flag} {text} is none of: {listed}")
     require(len(found) == 1, f"{flag} {text} may mean several of: {listed}")
@@ -689,11 +709,12 @@ def main():
     model, info = load_checkpoint(args.ckpt, pick_device(args.device))
     names = info["names"]
     chosen = find_pairs(args, names)
-    y = all_labels(names).repeat_interleave(args.n, 0)
+    y = torch.tensor(info["conditions"]).repeat_interleave(args.n, 0)
     for factor in range(len(names)):
         values = [pair for pair in chosen if pair[0] == factor]
         if values:
             y = y[matches(y, values)]
+    require(len(y), f"the data of this model have no {pairs_text(chosen, names)} together")
     folder = run_folder(args.out or Path("runs", info["dataset"], "samples"))
     images = sample(model, y, sampler=args.sampler, seed=args.seed, label="samples")
     save_grid(images, folder / "samples.png", columns=min(len(y), max(args.n, 10)))
@@ -701,7 +722,7 @@ def main():
     last = pairs_text(enumerate(y[-1].tolist()), names)
     say(f"wrote {folder}/samples.png: {len(y)} images, {first} to {last}, row by row")
     if args.png:
-        files = run_folder(args.png)
+        files = run_folder(args.png, "--png")
         for i, picture in enumerate(to_pictures(images)):
             save_picture(picture, files / f"{i:05}.png")
         say(f"wrote {len(y)} files into {files}")

@@ -11,6 +11,7 @@
 Leaves runs/<dataset>/pretrain/: model.pt (EMA weights), samples.png, loss.png, log.csv, result.json
 """
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ import re
 import shlex
 import struct
 import time
+import unicodedata
 from itertools import product
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from PIL import Image, ImageOps
 from torchvision import datasets as tvd
 
 from model import (FACTORS, PRESETS, T, UNet, all_labels, compile_network, diffusion_loss, explain,
-                   fail, find_pairs, load_checkpoint, load_file, make_config, make_parser, matches,
+                   find_pairs, load_checkpoint, load_file, make_config, make_parser, matches,
                    number, pairs_slug, pick_device, progress, require, run, run_folder, sample,
                    save_checkpoint, save_file, save_grid, save_plot, say, write_text)
 
@@ -235,6 +237,7 @@ def draw_shapes(per_cell, seed, size=32):
 DATASETS = ("shapes", "fashion", "cifar10", "folder")
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 IMAGE_KINDS = set(".png .jpg .jpeg .jfif .bmp .webp .tif .tiff .gif .ppm .pgm".split())
+NOT_DATA = (".", "__MACOSX", "@eaDir", "lost+found", "#recycle", "$RECYCLE.BIN")
 SPLIT_NAME = re.compile("(train|test|val|valid|validat|eval|evaluat|dev)(ing|ion)?")
 
 def load_data(dataset, split, data_dir="data", device="cpu", size=64):
@@ -254,9 +257,17 @@ def load_data(dataset, split, data_dir="data", device="cpu", size=64):
 
 def load_torchvision(dataset, split, data_dir):
     """Fashion-MNIST, padded to 32 x 32, or CIFAR-10; downloaded unless they are in data_dir."""
-    kind = tvd.FashionMNIST if dataset == "fashion" else tvd.CIFAR10
-    with explain(f"{dataset} is not in '{data_dir}' and cannot be downloaded; put its files there, "
-                 "or name their folder with --data-dir", OSError, RuntimeError, EOFError):
+    if dataset == "fashion":
+        kind = tvd.FashionMNIST
+        files = [name for name, _ in kind.resources]
+        place = Path(data_dir, "FashionMNIST", "raw")
+    else:
+        kind = tvd.CIFAR10
+        files = [kind.filename]
+        place = Path(data_dir)
+    with explain(f"{dataset} is not in '{data_dir}' and cannot be downloaded; put "
+                 f"{', '.join(files)} into {place.as_posix()}, or name the folder with --data-dir",
+                 OSError, RuntimeError, EOFError):
         data = kind(data_dir, train=split == "train", download=True)
     y = torch.as_tensor(data.targets)[:, None]
     if dataset == "fashion":
@@ -270,24 +281,45 @@ def load_torchvision(dataset, split, data_dir):
     return x, y, names
 
 def find_images(folder, quiet=False):
-    """The sorted paths of all image files below a folder, links followed, hidden ones left out."""
-    def unreadable(error):
-        fail(f"the folder {error.filename} cannot be read ({error.strerror}); name another")
+    """The sorted paths of all image files below a folder. Links are followed, and a file counts
+    once, whatever links lead to it. Left out, and said: files that are no images, folders that
+    cannot be read. Left out: hidden files, and folders that systems make (NOT_DATA)."""
+    left_out = []
+    found = {}                                         # {the file itself: a path that leads to it}
+    visited = {Path("runs").resolve()}                 # what we wrote is no data
+    folders = [Path(folder)]
+    links = []                                         # come last: a folder's own path counts
+    while folders or links:
+        place = folders.pop() if folders else links.pop()
+        if place.resolve() in visited:
+            continue
+        visited.add(place.resolve())
+        try:
+            entries = sorted(place.iterdir())
+        except OSError:
+            left_out.append(place)
+            continue
+        for path in entries:
+            if path.name.startswith(NOT_DATA):
+                continue
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif path.suffix.lower() not in IMAGE_KINDS or not path.is_file():
+                left_out.append(path)
+            elif path.is_symlink():
+                found.setdefault(path.resolve(), path)
+            else:
+                found[path.resolve()] = path
+    if left_out and not quiet:
+        names = ", ".join(path.name for path in left_out[:9])
+        say(f"{folder}: left out {len(left_out)} files or folders that hold no image that can be "
+            f"read ({names})")
+    return sorted(found.values())
 
-    found = []
-    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        here = Path(place).resolve()
-        skip = [here, *here.parents, Path("runs").resolve()]           # loops, and what we wrote
-        folders[:] = [name for name in folders
-                      if not name.startswith((".", "__MACOSX"))
-                      and Path(place, name).resolve() not in skip]
-        found += [Path(place, name) for name in files if not name.startswith(".")]
-    images = sorted(p for p in found if p.suffix.lower() in IMAGE_KINDS and p.is_file())
-    others = set(found).difference(images)
-    if others and not quiet:
-        kinds = sorted({path.suffix or path.name for path in others})
-        say(f"{folder}: left out {len(others)} files that are no images ({', '.join(kinds[:9])})")
-    return images
+@functools.cache
+def file_hash(path):
+    """The SHA-256 of a file, which is read once."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # what Pillow raises for a file that is broken, no picture, or far too large
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
@@ -316,13 +348,13 @@ def read_image(path, size, channels=3):
         array = np.array(picture)
     return torch.from_numpy(array).view(*array.shape[:2], channels).permute(2, 0, 1)
 
-def folder_key(paths):
-    """A fingerprint of a folder's images: it changes when one of them does."""
+def folder_key(paths, folder):
+    """A fingerprint of a folder's pictures: their names below it and their contents."""
     files = []
     for path in paths:
-        stat = path.stat()
-        files.append((path.parts[-3:], stat.st_size, stat.st_mtime_ns))
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+        name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
+        files.append((name, file_hash(path)))
+    return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()
 
 def folder_labels(paths, data_dir):
     """Labels (N, F) and names of pictures STYLE/CLASS/x.jpg or CLASS/x.jpg below data_dir."""
@@ -357,37 +389,45 @@ def decode(paths, size):
 
 def load_folder(data_dir, split, size):
     """Images (N, 3, size, size), labels and names of STYLE/OBJECT/*.jpg (UnlearnCanvas) or
-    CLASS/*.jpg. A tenth of each label's images, at least one of two, is the test split; runs/cache
-    keeps all."""
+    CLASS/*.jpg. A tenth of each label's pictures, at least one of two, is the test split; runs/cache
+    keeps what was decoded."""
     paths = find_images(data_dir, quiet=split == "test")
-    y, names = folder_labels(paths, data_dir)
-    cache = Path("runs", "cache", f"{folder_key(paths)}-{size}.pt")
+    folder_labels(paths, data_dir)                     # fails before the hours of decoding
+    cache = Path("runs", "cache", f"{folder_key(paths, data_dir)}-{size}.pt")
     if cache.is_file():
         stored = load_file(cache, "images")
         images, readable = stored["images"], stored["readable"]
     else:
         images, readable = decode(paths, size)
-        if len(readable) == len(paths):                # else they are looked at again
-            save_file(cache, "images", {"images": images, "readable": readable})
-        for factor, values, labels in zip(FACTORS, names, y[readable].T):
-            counts = labels.bincount(minlength=len(values)).tolist()
-            say(f"{factor}: " + ", ".join(f"{name} {n}" for name, n in zip(values, counts)))
-        say(f"{data_dir}: {len(readable)} of {len(paths)} images")
-    y = y[readable]
-    held_out = torch.zeros(len(y), dtype=torch.bool)
+        save_file(cache, "images", {"images": images, "readable": readable})
+    paths = [paths[i] for i in readable]
+    y, names = folder_labels(paths, data_dir)
+    if split == "train":
+        say_counts(data_dir, y, names)
+        say(f"{data_dir}: {len(y)} images")
+    held_out = set()                                   # contents: copies lie on one side
     for label in torch.unique(y, dim=0):
         same = (y == label).all(1).nonzero().flatten().tolist()
-        same.sort(key=lambda i: name_hash(paths[readable[i]]))
-        n = len(same) // 10
-        if n == 0 and len(same) > 1:
+        contents = sorted({file_hash(paths[i]) for i in same})
+        n = len(contents) // 10
+        if n == 0 and len(contents) > 1:
             n = 1
-        held_out[same[:n]] = True
-    keep = held_out if split == "test" else ~held_out
+        held_out.update(contents[:n])
+    is_test = torch.tensor([file_hash(path) in held_out for path in paths])
+    keep = is_test if split == "test" else ~is_test
     return images[keep], y[keep], names
 
-def name_hash(path):
-    """Puts pictures into an order that has nothing to do with their names' own."""
-    return hashlib.sha256(os.fsencode(path.name)).digest()
+def say_counts(data_dir, y, names):
+    """Say how many pictures each class and style has, and which folders have none."""
+    for factor, values, labels in zip(FACTORS, names, y.T):
+        counts = labels.bincount(minlength=len(values)).tolist()
+        say(f"{factor}: " + ", ".join(f"{name} {n}" for name, n in zip(values, counts)))
+    folders = {path.name for depth in range(len(names))
+               for path in data_dir.glob("*" + "/*" * depth)
+               if path.is_dir() and not path.name.startswith(NOT_DATA)}
+    empty = sorted(folders.difference(*names))
+    if empty:
+        say(f"without a readable picture, so no class or style: {', '.join(empty)}")
 
 # ---- the public checkpoints ----------------------------------------------------------------------
 
@@ -475,6 +515,14 @@ def load_run(path, args):
         compile_network(model)
     return model, info, images, y
 
+def started_from(path):
+    """What a checkpoint keeps of the model that it was made of: its path, its contents' hash."""
+    return {"from": str(path), "from_sha256": file_hash(path)}
+
+def conditions_of(y):
+    """The different labels among y (N, F), sorted: what the data have, and so what is drawn."""
+    return torch.unique(y.cpu(), dim=0)
+
 def picture_labels(names, pairs=(), most=12):
     """Labels and layout of a picture: a column per class; a row per style, or four rows. Of a
     factor with more than `most` values evenly spaced ones are shown, and those in pairs."""
@@ -491,6 +539,21 @@ def picture_labels(names, pairs=(), most=12):
         rows = [names[1][s] for s in shown[1]]
         y = [[c, s] for s in shown[1] for c in shown[0]]
     return torch.tensor(y), dict(columns=len(heads), rows=rows, heads=heads)
+
+def save_samples(path, model, names, conditions):
+    """A picture of what a model draws; conditions that its data lack stay white."""
+    y, layout = picture_labels(names)
+    images = sample(model, y, label="samples").cpu()
+    known = (y[:, None] == conditions).all(2).any(1)
+    images = torch.where(known[:, None, None, None], images, torch.ones(()))
+    save_grid(images, path, **layout)
+
+def data_key(args):
+    """What tells two data sets with the same names apart: a folder's files."""
+    if args.dataset != "folder":
+        return ""
+    folder = Path(args.data_dir)
+    return folder_key(find_images(folder, quiet=True), folder)
 
 def save_result(folder, model, info, args, **result):
     """Save a stage's model.pt and result.json, before any picture of it is drawn."""
@@ -545,7 +608,9 @@ def convert_public(args):
     """Save a public checkpoint as one of this project's."""
     model = import_public(args.public).to(pick_device(args.device))
     folder = run_folder(args.out or "runs/cifar10/import")
-    info = dict(dataset="cifar10", names=[CIFAR10], preset="paper", forgotten=[],
+    names = [CIFAR10]
+    info = dict(dataset="cifar10", names=names, conditions=all_labels(names).tolist(),
+                preset="paper", forgotten=[],
                 made_by={"stage": "pretrain", "method": "original"})
     save_result(folder, model, info, args)
     say_next(folder, args, ["unlearn.py", "--cls", "0", "--ckpt", folder.as_posix()])
@@ -560,6 +625,7 @@ def main():
     excluded = find_pairs(args, names, "exclude_")
     keep = ~matches(y, excluded)
     require(keep.any(), "nothing is left to train on; exclude fewer values")
+    conditions = conditions_of(y)
     images, y = images[keep], y[keep]
 
     folder = training_folder(args, excluded)
@@ -572,8 +638,8 @@ def main():
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     settings = {key: getattr(args, key) for key in PRETRAIN[args.preset]}
-    settings.update(dataset=args.dataset, preset=args.preset, seed=args.seed, excluded=excluded,
-                    names=names, image_size=images.shape[2])
+    settings.update(dataset=args.dataset, data=data_key(args), preset=args.preset, seed=args.seed,
+                    excluded=excluded, names=names, image_size=images.shape[2])
     losses = torch.zeros(args.steps, device=device)
     start, seconds = 0, 0.0
     state = folder / "train.pt"
@@ -587,7 +653,6 @@ def main():
 
     flip = args.dataset == "cifar10"
     training = pretrain(model, ema, optimizer, images, y, args, flip, start)
-    labels, layout = picture_labels(names)
     saved = time.time()
     began = saved - seconds
     steps = progress(training, "pretrain", args.steps, start, losses=True)
@@ -599,14 +664,14 @@ def main():
             seconds = round(time.time() - began, 1)
             save_state(state, settings, losses[:step].cpu(), seconds, parts)
             if not last:
-                save_grid(sample(ema, labels, label="samples"), folder / "samples.png", **layout)
+                save_samples(folder / "samples.png", ema, names, conditions)
             saved = time.time()
 
     made_by = {"stage": "pretrain", "method": "retrain" if excluded else "original", **settings}
-    info = dict(dataset=args.dataset, names=names, preset=args.preset, forgotten=excluded,
-                made_by=made_by)
+    info = dict(dataset=args.dataset, names=names, conditions=conditions.tolist(),
+                preset=args.preset, forgotten=excluded, made_by=made_by)
     save_result(folder, ema, info, args, seconds=seconds)
-    save_grid(sample(ema, labels, label="samples"), folder / "samples.png", **layout)
+    save_samples(folder / "samples.png", ema, names, conditions)
     write_losses(folder, losses, f"{args.dataset} pretraining")
     if excluded:
         say_next(folder, args, ["attack.py", folder.as_posix()])

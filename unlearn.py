@@ -25,7 +25,7 @@ from model import (FACTORS, T, add_noise, antithetic_times, checkpoint_file, dif
                    pairs_slug, pairs_text, require, run, run_folder, sample, save_plot, say,
                    shipped, to_uint8)
 from train_ddpm import (UNREADABLE, descend, get_batch, load_run, read_image, save_result,
-                        say_next, set_defaults, stage_parser, write_losses)
+                        say_next, set_defaults, stage_parser, started_from, write_losses)
 
 class Data:
     """What a run forgets and retains, as random batches: x (n, C, H, W) in [-1, 1], labels y (n, F).
@@ -441,7 +441,7 @@ def main():
     settings.update(alternative=args.alternative, alt_size=args.alt_size)
     info["forgotten"] = forgotten
     info["made_by"] = {"stage": "unlearn", "method": args.method, "seed": args.seed,
-                       "settings": settings, "from": str(path)}
+                       "settings": settings, **started_from(path)}
     save_result(folder, model, info, args, forget=pairs_text(forget, names), seconds=seconds,
                 curve=curve, protocol=evaluation.protocol)
     save_before_after(folder / "samples.png", evaluation, forgotten, samples[0], samples[-1])
