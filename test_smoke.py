@@ -5,6 +5,7 @@ own version of a function fails, read the test: it computes what was expected in
 """
 import colorsys
 import gzip
+import hashlib
 import importlib
 import io
 import itertools
@@ -18,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -126,6 +128,11 @@ def save_tiny_checkpoint(path, **made_by):
     model.save_checkpoint(path, tiny_network(SMALLEST), {
         "dataset": "shapes", "names": [train_ddpm.SHAPES, train_ddpm.STYLES], "preset": "small",
         "forgotten": [], "made_by": {"stage": "pretrain", "method": "original", **made_by}})
+
+def save_few_conditions(path, conditions):
+    """tiny.pt as a model of data that have these conditions alone."""
+    network, info = model.load_checkpoint("tiny.pt")
+    model.save_checkpoint(path, network, {**info, "conditions": conditions})
 
 def save_png(path, color):
     picture = Image.new("RGB", (9, 9), color)
@@ -416,8 +423,8 @@ def test_ddpm_posterior_ends_at_x0():
 
 def ancestral(network, n):
     """n images of class 0 by ddpm_sample, without guidance."""
-    generator = torch.Generator().manual_seed(0)
-    return model.ddpm_sample(network, noise_images(n), zero_labels(n), 0, generator)
+    generators = [torch.Generator().manual_seed(100 + i) for i in range(n)]
+    return model.ddpm_sample(network, noise_images(n), zero_labels(n), 0, generators)
 
 def test_ddpm_sample_draws_from_the_distribution_of_the_data():
     x = ancestral(gaussian_network("v"), 100)
@@ -437,6 +444,17 @@ def test_ddpm_sample_adds_noise_of_variance_beta():
     _, coef_xt = model.ddpm_posterior()
     noise = after - coef_xt[1].item() * before
     assert noise.var().item() == pytest.approx(BETAS[1], rel=0.05)
+
+def test_ddpm_sample_draws_each_image_from_its_own_generator():
+    network = gaussian_network("v")
+    noise = noise_images(2)
+    images = []
+    for seeds in ([1, 2], [1, 3]):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images.append(model.ddpm_sample(network, noise, zero_labels(2), 0, generators))
+    first, second = images
+    assert torch.equal(first[0], second[0])
+    assert not torch.allclose(first[1], second[1], atol=0.1)
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_ddim_sample_equals_its_equation_step_by_step(prediction):
@@ -531,6 +549,43 @@ def test_sample_draws_image_i_from_the_seed_and_i_alone(batch):
     whole = model.sample(network, y, steps=3, seed=7)
     part = model.sample(network, other, steps=3, seed=7, batch=batch)
     assert torch.allclose(part[2], whole[2], atol=1e-4)
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_sample_draws_the_same_images_in_batches_of_1_3_and_50(sampler):
+    network = gaussian_network("v")
+    whole, threes, ones = [model.sample(network, zero_labels(4), 3, sampler, seed=7, batch=n)
+                           for n in (50, 3, 1)]
+    assert torch.allclose(threes, whole, atol=1e-5)
+    assert torch.allclose(ones, whole, atol=1e-5)
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_sample_draws_the_same_images_first_whatever_follows(sampler):
+    network = gaussian_network("v")
+    many = model.sample(network, zero_labels(40), 3, sampler, seed=7)
+    few = model.sample(network, zero_labels(3), 3, sampler, seed=7)
+    assert torch.allclose(few, many[:3], atol=1e-5)
+
+def noise_of_ddpm(seed, t):
+    """Two images before the step from time t (999: their start), and the noise added in it."""
+    network = network_that_sees(0.0)
+    calls = record_calls(network)
+    model.sample(network, zero_labels(2), sampler="ddpm", guidance=0, seed=seed)
+    before, _, _ = calls[999 - t]
+    after, _, _ = calls[1000 - t]
+    _, coef_xt = model.ddpm_posterior()
+    noise = (after - coef_xt[t].item() * before) / BETAS[t] ** 0.5
+    return before, noise
+
+def test_sample_with_ddpm_draws_other_noise_in_its_steps_for_another_seed():
+    _, first = noise_of_ddpm(seed=0, t=500)
+    _, second = noise_of_ddpm(seed=1, t=500)
+    assert not torch.allclose(first, second, atol=0.1)
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sample_with_ddpm_does_not_draw_its_start_again(seed):
+    start, noise = noise_of_ddpm(seed, t=999)
+    difference = (noise[:, None] - start).abs().mean((2, 3, 4))        # (noise, start)
+    assert difference.min() > 0.5
 
 def test_sample_gives_two_models_the_same_noise():
     starts = []
@@ -698,6 +753,22 @@ def test_load_checkpoint_takes_a_run_folder():
     model.save_checkpoint("run/model.pt", tiny_network(), INFO)
     assert torch.equal(all_weights("run"), all_weights("run/model.pt"))
 
+def test_load_checkpoint_keeps_the_conditions_that_the_data_have():
+    conditions = [[0, 1], [3, 2]]
+    model.save_checkpoint("tiny.pt", tiny_network(), {**INFO, "conditions": conditions})
+    _, info = model.load_checkpoint("tiny.pt")
+    assert info["conditions"] == conditions
+
+def test_load_checkpoint_gives_an_old_checkpoint_all_conditions():
+    model.save_checkpoint("old.pt", tiny_network(), INFO)
+    assert "conditions" not in model.load_file("old.pt", "unet")
+    _, info = model.load_checkpoint("old.pt")
+    assert info["conditions"] == [[c, s] for c in range(4) for s in range(3)]
+
+def test_load_checkpoint_gives_the_shipped_model_all_conditions():
+    _, info = model.load_checkpoint(model.shipped("shapes.pt"))
+    assert info["conditions"] == [[c, s] for c in range(10) for s in range(5)]
+
 def test_load_checkpoint_names_the_weights_that_a_changed_network_lacks():
     model.save_checkpoint("tiny.pt", tiny_network(), INFO)
     data = model.load_file("tiny.pt", "unet")
@@ -810,6 +881,57 @@ def test_run_folder_says_which_folder_it_took(capsys):
 def test_run_folder_refuses_what_cannot_be_a_folder_of_a_run(base, capsys):
     assert "--out" in refusal(capsys, model.run_folder, base)
 
+def test_run_folder_names_the_folder_and_the_flag_that_moves_it(capsys):
+    error = refusal(capsys, model.run_folder, "/dev/null/run", "--png")
+    assert "/dev/null/run" in error
+    assert "--png" in error and "--out" not in error
+
+def claim_folders(start, names):
+    """Claim a run's folder of each name, all at once with the others that wait for the start."""
+    start.wait()
+    for name in names:
+        folder = model.run_folder(name)
+        with open(folder / "owner.txt", "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+def test_run_folder_gives_two_runs_at_the_same_time_a_folder_each():
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(2)
+    names = [f"runs/{i}" for i in range(50)]
+    jobs = [fork.Process(target=claim_folders, args=(start, names)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    owners = [path.read_text().split() for path in Path("runs").glob("*/owner.txt")]
+    assert len(owners) == 100
+    assert all(len(owner) == 1 for owner in owners)
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Call it for what happens when the program ends."""
+    register = Mock()
+    monkeypatch.setattr(model, "atexit", SimpleNamespace(register=register))
+
+    def work():
+        for call in register.call_args_list:
+            function, *args = call.args
+            function(*args)
+
+    return work
+
+def test_run_folder_removes_the_empty_folder_of_a_stopped_run(stop):
+    folder = model.run_folder("runs/a")
+    stop()
+    assert not folder.exists()
+    assert model.run_folder("runs/a") == folder
+
+def test_run_folder_keeps_the_folder_of_a_run_that_wrote_something(stop):
+    folder = model.run_folder("runs/a")
+    model.write_text(folder / "log.csv", "step,loss")
+    stop()
+    assert os.listdir(folder) == ["log.csv"]
+
 def test_scripts_use_nothing_that_windows_lacks():
     for script in (model, train_ddpm, fid, unlearn, attack):
         source = Path(script.__file__).read_text("utf-8")
@@ -904,6 +1026,16 @@ def test_matches_finds_labels_that_carry_any_of_the_pairs():
     assert found.tolist() == [False, False, True, True, True, True]
     assert not model.matches(y, []).any()
 
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"             # one name, two spellings
+
+@pytest.mark.parametrize("name", [DECOMPOSED, "CAF\u00c9", "CAFE\u0301", f" {COMPOSED} "])
+def test_plain_is_the_same_for_all_spellings_of_a_name(name):
+    assert model.plain(name) == model.plain(COMPOSED)
+
+@pytest.mark.parametrize("name", ["cafe", "caf", "caf \u00e9", ""])
+def test_plain_is_another_for_another_name(name):
+    assert model.plain(name) != model.plain(COMPOSED)
+
 @pytest.mark.parametrize("text,index", [
     ("cat", 1),
     ("Cat", 0),
@@ -921,6 +1053,11 @@ def test_find_value_takes_a_name_a_name_in_other_letters_or_a_number(text, index
 ])
 def test_find_value_prefers_a_name_to_a_number(text, index):
     assert model.find_value(text, ["1", "10", "2"], "--cls") == index
+
+@pytest.mark.parametrize("name", [COMPOSED, DECOMPOSED])
+@pytest.mark.parametrize("text", [COMPOSED, DECOMPOSED, "CAFE\u0301", f"{COMPOSED} "])
+def test_find_value_takes_a_name_in_another_spelling(name, text):
+    assert model.find_value(text, ["tea", name], "--cls") == 1
 
 def test_find_value_refuses_what_may_mean_two(capsys):
     error = refusal(capsys, model.find_value, "CAT", ["Cat", "cat"], "--cls")
@@ -1027,6 +1164,21 @@ def test_run_works_in_a_notebook(monkeypatch):
 def test_make_parser_refuses_unknown_flags_in_one_line(line, capsys):
     assert "--help" in refusal(capsys, command, train_ddpm, line)
 
+@pytest.mark.parametrize("module,flag,found", [
+    (train_ddpm, "--exclude-cls", ["1", "3"]),
+    (train_ddpm, "--exclude-style", ["1", "3"]),
+    (unlearn, "--cls", ["1", "3"]),
+    (unlearn, "--style", ["1", "3"]),
+    (unlearn, "--eval-every", [1, 3]),
+    (attack, "--cls", ["1", "3"]),
+    (attack, "--style", ["1", "3"]),
+    (attack, "--every", [1, 3]),
+])
+def test_parse_args_adds_what_a_repeated_flag_names(module, flag, found, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", flag, "1", flag, "3"])
+    args = vars(module.parse_args())
+    assert args[flag[2:].replace("-", "_")] == found
+
 @pytest.mark.parametrize("text", ["-1", "11", "nan", "inf", "x", ""])
 def test_number_refuses_what_is_not_in_its_range(text, capsys):
     parser = model.make_parser("")
@@ -1044,6 +1196,15 @@ def test_pick_device_refuses_in_one_line_what_is_not_here(name, capsys):
 
 def test_pick_device_takes_the_cpu_where_there_is_no_gpu():
     assert model.pick_device("auto") == model.pick_device("cpu") == CPU
+
+def test_pick_device_takes_mps_only_by_its_name(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert model.pick_device("auto") == CPU
+
+def test_uses_bf16_is_false_for_mps(monkeypatch):
+    monkeypatch.setattr(model, "CPU_BF16", True)
+    assert model.uses_bf16(CPU)
+    assert not model.uses_bf16(torch.device("mps"))
 
 def test_compile_network_needs_one_line_where_there_is_no_compiler(monkeypatch, capsys):
     class NoCompiler(torch._dynamo.exc.BackendCompilerFailed):
@@ -1084,6 +1245,24 @@ def test_main_of_model_draws_the_chosen_classes_in_the_chosen_styles(small_world
     assert sorted(os.listdir("files")) == [f"0000{i}.png" for i in range(6)]
     assert os.listdir("pictures") == ["samples.png"]
     assert "6 images, cls square, style flat to cls square, style neon" in capsys.readouterr().out
+
+def test_main_of_model_adds_what_a_repeated_flag_names(small_world, capsys):
+    command(model, "tiny.pt --cls circle --cls square --style 0")
+    assert "2 images, cls circle, style flat to cls square" in capsys.readouterr().out
+
+def test_main_of_model_draws_the_conditions_that_the_data_have(small_world, monkeypatch):
+    save_few_conditions("few.pt", [[0, 0], [1, 4]])
+    draw = Mock(return_value=torch.zeros(4, 3, 32, 32))
+    monkeypatch.setattr(model, "sample", draw)
+    command(model, "few.pt --n 2")
+    _, y = draw.call_args.args
+    assert y.tolist() == [[0, 0], [0, 0], [1, 4], [1, 4]]
+
+def test_main_of_model_refuses_a_condition_that_the_data_lack(small_world, capsys):
+    save_few_conditions("few.pt", [[0, 0], [1, 4]])
+    error = refusal(capsys, command, model, "few.pt --cls square --style flat")
+    assert "no cls square, style flat together" in error
+    assert not Path("runs").exists()
 
 def test_main_of_model_draws_with_the_sampler_that_is_asked_for(small_world, monkeypatch):
     draw = Mock(return_value=torch.zeros(50, 3, 32, 32))
@@ -1244,6 +1423,22 @@ def test_load_state_refuses_other_settings(flags, reason, quick_pretraining, cap
     error = refusal(capsys, command, train_ddpm, line)
     assert f"was begun with {reason}; give the same flags" in error
 
+def test_load_state_refuses_other_pictures_of_the_same_names(quick_pretraining, capsys):
+    line = f"--dataset folder --image-size 32 {QUICK} --out run --data-dir"
+    save_artwork("few", ["p"], ["cat"], 2)
+    save_artwork("more", ["p"], ["cat"], 6)
+    command(train_ddpm, f"{line} few")
+    error = refusal(capsys, command, train_ddpm, f"{line} more --resume --steps 3")
+    assert "was begun with data " in error
+
+def test_load_state_goes_on_with_a_copy_of_the_pictures(quick_pretraining):
+    line = f"--dataset folder --image-size 32 {QUICK} --out run --data-dir"
+    save_artwork("art", ["p"], ["cat"], 2)
+    command(train_ddpm, f"{line} art")
+    shutil.copytree("art", "copy/art", copy_function=shutil.copyfile)
+    command(train_ddpm, f"{line} copy/art --resume --steps 3")
+    assert result_of("run")["steps"] == 3
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_load_state_refuses_to_train_what_is_finished(steps, quick_pretraining, capsys):
     command(train_ddpm, f"{QUICK} --out run")
@@ -1380,6 +1575,15 @@ def test_load_torchvision_says_in_one_line_that_it_cannot_download(dataset, caps
     error = refusal(capsys, command, train_ddpm, line)
     assert f"{dataset} is not in 'elsewhere' and cannot be downloaded" in error
 
+@pytest.mark.parametrize("dataset,what", [
+    ("cifar10", "put cifar-10-python.tar.gz into elsewhere, "),
+    ("fashion", "train-images-idx3-ubyte.gz, "),
+    ("fashion", " into elsewhere/FashionMNIST/raw, "),
+])
+def test_load_torchvision_names_the_files_that_it_needs_and_their_place(dataset, what, capsys):
+    line = f"--dataset {dataset} --data-dir elsewhere"
+    assert what in refusal(capsys, command, train_ddpm, line)
+
 def found_in(folder, **how):
     return [path.as_posix() for path in train_ddpm.find_images(Path(folder), **how)]
 
@@ -1396,10 +1600,43 @@ def test_find_images_leaves_out_what_is_hidden():
     touch("set/a/1.png", "set/a/._1.png", "set/.checkpoints/1.png", "set/__MACOSX/a/1.png")
     assert found_in("set") == ["set/a/1.png"]
 
+@pytest.mark.parametrize("name", [
+    "@eaDir",
+    "lost+found",
+    "#recycle",
+    "$RECYCLE.BIN",
+])
+def test_find_images_leaves_out_the_folders_that_systems_make(name):
+    touch("set/a/1.png", f"set/{name}/1.png", f"set/a/{name}/1.png")
+    assert found_in("set") == ["set/a/1.png"]
+
 def test_find_images_follows_links():
-    touch("set/a/1.png")
-    Path("set/b").symlink_to("a")
-    assert found_in("set") == ["set/a/1.png", "set/b/1.png"]
+    touch("pool/a/1.png", "pool/2.png", "set/c/3.png")
+    Path("set/b").symlink_to("../pool/a")
+    Path("set/c/2.png").symlink_to("../../pool/2.png")
+    assert found_in("set") == ["set/b/1.png", "set/c/2.png", "set/c/3.png"]
+
+def test_find_images_counts_a_picture_once_whatever_links_lead_to_it():
+    touch("pool/1.png")
+    for name in ("a", "b", "c"):
+        Path("set", name).mkdir(parents=True)
+        Path("set", name, "1.png").symlink_to("../../pool/1.png")
+    Path("set/d").symlink_to("../pool")
+    assert len(found_in("set")) == 1
+
+def test_find_images_prefers_a_pictures_own_path_to_links():
+    touch("set/m/1.png")
+    for link in ("a", "z"):
+        Path("set", link).symlink_to("m")              # to the folder
+    for link in ("0.png", "2.png"):
+        Path("set/m", link).symlink_to("1.png")        # to the picture
+    assert found_in("set") == ["set/m/1.png"]
+
+def test_find_images_counts_two_folders_once_that_link_to_each_other():
+    touch("set/a/1.png", "set/b/2.png")
+    Path("set/a/more").symlink_to("../b")
+    Path("set/b/more").symlink_to("../a")
+    assert found_in("set") == ["set/a/1.png", "set/b/2.png"]
 
 def test_find_images_does_not_follow_a_link_in_a_circle():
     touch("set/a/1.png")
@@ -1415,10 +1652,37 @@ def test_find_images_says_what_it_left_out_unless_it_is_to_be_quiet(capsys):
     found_in("set", quiet=True)
     assert capsys.readouterr().out == ""
     found_in("set")
-    assert capsys.readouterr().out == "set: left out 2 files that are no images (.txt, README)\n"
+    words = "set: left out 2 files or folders that hold no image that can be read"
+    assert capsys.readouterr().out == f"{words} (README, notes.txt)\n"
 
-def test_find_images_refuses_a_folder_that_is_not_there(capsys):
-    assert "folder missing cannot be read" in refusal(capsys, found_in, "missing")
+def test_find_images_leaves_out_a_folder_that_cannot_be_read_and_says_which(monkeypatch, capsys):
+    def iterdir(path):
+        if path.name == "closed":
+            raise PermissionError("Permission denied")
+        return entries(path)
+
+    entries = Path.iterdir
+    touch("set/a/1.png", "set/closed/2.png")
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert found_in("set") == ["set/a/1.png"]
+    out = capsys.readouterr().out
+    assert out.startswith("set: left out 1 files or folders") and "(closed)" in out
+
+def test_find_images_leaves_out_pictures_of_a_folder_that_may_be_listed_but_not_entered(
+        monkeypatch, capsys):
+    def stat(path, **how):
+        if Path(path).parent.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return look(path, **how)
+
+    look = os.stat
+    touch("set/a/1.png", "set/closed/2.png")
+    monkeypatch.setattr(os, "stat", stat)
+    assert found_in("set") == ["set/a/1.png"]
+    assert "(2.png)" in capsys.readouterr().out
+
+def test_find_images_finds_nothing_in_a_folder_that_is_not_there():
+    assert found_in("missing") == []
 
 @pytest.mark.parametrize("mode,kind", [
     ("RGB", "png"),
@@ -1513,6 +1777,62 @@ def save_artwork(root, styles, classes, n):
 def load_art(split="train"):
     return train_ddpm.load_data("folder", split, "art", size=32)
 
+def test_file_hash_is_the_sha_256_of_what_a_file_holds():
+    Path("a").write_bytes(b"abc")
+    assert train_ddpm.file_hash(Path("a")).startswith("ba7816bf8f01cfea414140de5dae2223")
+
+def test_file_hash_reads_a_file_again_that_has_changed():
+    path = Path("changed.txt")
+    path.write_text("before")
+    before = train_ddpm.file_hash(path)
+    path.write_text("and after")
+    assert train_ddpm.file_hash(path) != before
+
+def test_file_hash_tells_files_of_one_name_in_two_places_apart(monkeypatch):
+    hashes = set()
+    for place in ("a", "b"):
+        model.write_text(f"{place}/same.txt", place)
+        with monkeypatch.context() as here:
+            here.chdir(place)
+            hashes.add(train_ddpm.file_hash(Path("same.txt")))
+    assert len(hashes) == 2
+
+def key_of(folder):
+    args = SimpleNamespace(dataset="folder", data_dir=str(folder))
+    return train_ddpm.data_key(args)
+
+def test_folder_key_is_the_same_for_a_copy_in_another_place_with_other_dates():
+    save_artwork("art", ["p"], ["cat"], 3)
+    shutil.copytree("art", "other/place")
+    for path in Path("other/place").rglob("*"):
+        os.utime(path, (1, 1))
+    assert key_of("other/place") == key_of("art")
+
+def test_folder_key_does_not_depend_on_how_the_folder_is_written():
+    save_artwork("art", ["p"], ["cat"], 3)
+    keys = {key_of(folder) for folder in ("art", "./art/", "art/p/..", Path("art").absolute())}
+    assert len(keys) == 1
+
+def test_folder_key_is_another_for_other_contents_under_the_same_names():
+    for folder, color in (("red", "red"), ("blue", "blue")):
+        save_png(f"{folder}/cat/1.png", color)
+        os.utime(f"{folder}/cat/1.png", (1, 1))
+    assert key_of("red") != key_of("blue")
+
+def test_folder_key_is_another_where_a_picture_lies_in_another_class():
+    save_png("one/cat/1.png", "red")
+    save_png("two/dog/1.png", "red")
+    assert key_of("one") != key_of("two")
+
+def test_folder_key_is_the_same_for_two_spellings_of_a_name():
+    save_png(f"one/{COMPOSED}/1.png", "red")
+    save_png(f"two/{DECOMPOSED}/1.png", "red")
+    assert key_of("one") == key_of("two")
+
+def test_data_key_is_empty_for_data_that_are_no_folder():
+    args = SimpleNamespace(dataset="shapes", data_dir="missing")
+    assert train_ddpm.data_key(args) == ""
+
 def test_folder_labels_are_the_names_of_class_and_style():
     paths = [Path("art/z/cat/1.png"), Path("art/y/dog/1.png"), Path("art/y/cat/2.png")]
     y, names = train_ddpm.folder_labels(paths, Path("art"))
@@ -1527,6 +1847,12 @@ def test_folder_labels_of_pictures_without_styles_are_the_classes():
     y, names = train_ddpm.folder_labels(paths, Path("pets"))
     assert names == [["cat", "dog"]]
     assert y.tolist() == [[1], [0]]
+
+def test_folder_labels_take_two_spellings_of_a_name_for_one_class():
+    paths = [Path("art/p", COMPOSED, "1.png"), Path("art/q", DECOMPOSED, "1.png")]
+    y, names = train_ddpm.folder_labels(paths, Path("art"))
+    assert y[:, 0].tolist() == [0, 0]
+    assert names == [[COMPOSED], ["p", "q"]]
 
 @pytest.mark.parametrize("files", ["", "1.png", "a/1.png a/b/1.png", "a/b/c/1.png"])
 def test_folder_labels_refuse_pictures_that_are_not_at_one_depth(files, capsys):
@@ -1587,12 +1913,62 @@ def test_load_folder_trains_on_a_picture_that_is_alone():
     test, _, _ = load_art("test")
     assert (len(train), len(test)) == (1, 0)
 
-def test_load_folder_says_what_it_found_once(capsys):
+def test_load_folder_puts_two_copies_of_a_file_on_one_side():
+    save_artwork("art", ["p"], ["cat"], 20)
+    for k in range(20):
+        shutil.copy(f"art/p/cat/{k}.png", f"art/p/cat/copy{k}.png")
+        save_png(f"art/p/dog/{k}.png", (0, 0, k))      # the same file, in another class
+    train, _, _ = load_art()
+    test, _, _ = load_art("test")
+    numbers, held_out = train[:, 2, 0, 0].tolist(), test[:, 2, 0, 0].tolist()
+    assert len(numbers) + len(held_out) == 60
+    assert held_out and not set(numbers) & set(held_out)
+
+def test_load_folder_counts_a_picture_once_whatever_links_lead_to_it():
+    save_artwork("art", ["p"], ["cat"], 12)
+    for name in ("ant", "zoo"):
+        Path("art/p", name).symlink_to("cat")
+    train, _, names = load_art()
+    test, _, _ = load_art("test")
+    assert len(train) + len(test) == 12
+    assert names == [["cat"], ["p"]]
+
+def test_load_folder_refuses_a_folder_that_is_not_there(capsys):
+    error = refusal(capsys, train_ddpm.load_data, "folder", "train", "missing")
+    assert "'missing' must hold images" in error and "--data-dir" in error
+
+def test_load_folder_says_what_it_found_each_time_that_it_loads_the_train_split(capsys):
     save_artwork("art", ["p"], ["cat", "dog"], 3)
-    load_art()
+    for _ in range(2):
+        load_art()
+        out = capsys.readouterr().out
+        assert out == "cls: cat 3, dog 3\nstyle: p 6\nart: 6 images\n"
     load_art("test")
-    out = capsys.readouterr().out
-    assert out == "cls: cat 3, dog 3\nstyle: p 6\nart: 6 of 6 images\n"
+    assert capsys.readouterr().out == ""
+
+@pytest.fixture
+def two_empty_classes():
+    """Six cats, one dog whose picture is broken, and no cow."""
+    save_artwork("art", ["p"], ["cat"], 6)
+    Path("art/p/cow").mkdir()
+    Path("art/p/dog").mkdir()
+    Path("art/p/dog/1.png").write_bytes(b"not a picture")
+
+def test_load_folder_names_the_classes_without_a_readable_picture(two_empty_classes, capsys):
+    load_art()
+    words = "without a readable picture, so no class or style: cow, dog\n"
+    assert words in capsys.readouterr().out
+
+def test_load_folder_gives_no_number_to_a_class_without_a_readable_picture(two_empty_classes):
+    _, y, names = load_art()
+    assert names == [["cat"], ["p"]]
+    assert y.unique(dim=0).tolist() == [[0, 0]]
+
+def test_load_folder_names_no_folder_that_systems_make(capsys):
+    save_artwork("art", ["p"], ["cat"], 2)
+    touch("art/@eaDir/1.png", "art/p/.hidden/1.png")
+    load_art()
+    assert "without a readable picture" not in capsys.readouterr().out
 
 def test_load_folder_decodes_a_folder_once(monkeypatch):
     save_artwork("art", ["p"], ["cat", "dog"], 3)
@@ -1609,12 +1985,52 @@ def test_load_folder_looks_again_when_a_picture_changes():
     x, _, _ = load_art()
     assert (x == 255).all()
 
-def test_load_folder_looks_again_at_broken_pictures(capsys):
+def test_load_folder_does_not_count_a_broken_picture(capsys):
     save_artwork("art", ["p"], ["cat"], 6)
     Path("art/p/cat/2.png").write_bytes(b"not a picture")
+    for _ in range(2):                                 # decoded, and as it was kept
+        x, _, _ = load_art()
+        assert len(x) == 4                             # one of five is held out
+        assert "cat 5\nstyle: p 5\nart: 5 images\n" in capsys.readouterr().out
+
+def test_load_folder_skips_a_picture_that_may_not_be_read(monkeypatch, capsys):
+    def read_bytes(path):
+        if path.name == "2.png":
+            raise PermissionError("Permission denied")
+        return read(path)
+
+    def open_picture(path, *args):
+        if Path(path).name == "2.png":
+            raise PermissionError("Permission denied")
+        return show(path, *args)
+
+    read, show = Path.read_bytes, Image.open
+    save_artwork("art", ["p"], ["cat"], 6)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(Image, "open", open_picture)
     load_art()
-    load_art()
-    assert capsys.readouterr().out.count("art: 5 of 6 images") == 2
+    out = capsys.readouterr().out
+    assert "skipped art/p/cat/2.png" in out
+    assert "art: 5 images" in out
+
+def test_load_folder_labels_a_copy_whose_names_are_spelt_in_another_way():
+    for folder, form in (("one", "NFC"), ("two", "NFD")):
+        save_png(Path(folder, unicodedata.normalize(form, "\u00e9pi"), "1.png"), "red")
+        save_png(Path(folder, "zoo", "1.png"), "blue")
+    for folder in ("one", "two"):                      # the second one is in the cache
+        x, y, (names,) = train_ddpm.load_data("folder", "train", folder, size=32)
+        red = x[:, 0, 0, 0] == 255
+        classes = [names[label] for label in y[red, 0]]
+        assert [model.plain(name) for name in classes] == ["\u00e9pi"]
+
+def test_load_folder_names_no_flag_that_does_not_move_its_cache(capsys):
+    save_artwork("art", ["p"], ["cat"], 2)
+    touch("runs")                                      # so no folder can be made there
+    with pytest.raises(SystemExit):
+        load_art()
+    error = capsys.readouterr().err
+    assert "runs/cache" in error
+    assert "--out" not in error
 
 # ---- train_ddpm.py: the public checkpoints -------------------------------------------------------
 
@@ -1770,6 +2186,30 @@ def test_picture_labels_show_few_of_many_values_and_those_that_matter():
     assert len(heads) <= 13
     assert heads == sorted(heads, key=int)
 
+def test_conditions_of_are_the_different_labels_sorted():
+    y = torch.tensor([[2, 0], [0, 1], [2, 0], [0, 0]])
+    assert train_ddpm.conditions_of(y).tolist() == [[0, 0], [0, 1], [2, 0]]
+
+def test_save_samples_leaves_conditions_that_the_data_lack_white(monkeypatch):
+    def draw(network, y, **how):
+        return torch.zeros(len(y), 3, 8, 8)
+
+    saved = Mock()
+    monkeypatch.setattr(train_ddpm, "sample", draw)
+    monkeypatch.setattr(train_ddpm, "save_grid", saved)
+    labels = model.all_labels(NAMES)
+    lacking = (labels == torch.tensor([1, 2])).all(1)
+    train_ddpm.save_samples("x.png", tiny_network(), NAMES, labels[~lacking])
+    white = all_equal(saved.call_args.args[0], 1)
+    shown, _ = train_ddpm.picture_labels(NAMES)
+    assert white.tolist() == [label == [1, 2] for label in shown.tolist()]
+
+def test_started_from_keeps_the_path_and_the_sha_256_of_a_model():
+    Path("model.pt").write_bytes(b"abc")
+    expected = hashlib.sha256(b"abc").hexdigest()
+    kept = train_ddpm.started_from(Path("model.pt").absolute())
+    assert kept == {"from": str(Path("model.pt").absolute()), "from_sha256": expected}
+
 def test_save_result_saves_the_model_and_how_it_was_made():
     args = SimpleNamespace(seed=3, data_dir="data")
     train_ddpm.save_result(Path("run"), tiny_network(), INFO, args, seconds=1.5)
@@ -1896,6 +2336,14 @@ def test_main_of_train_ddpm_trains_on_a_folder_of_64_by_64_pixels(quick_pretrain
     following = capsys.readouterr().out.splitlines()[-1]
     assert following.endswith("--ckpt runs/folder/pretrain --data-dir 'my art'")
 
+def test_main_of_train_ddpm_keeps_the_conditions_that_the_data_have(quick_pretraining):
+    save_artwork("art", ["p", "q"], ["cat"], 2)
+    save_artwork("art", ["p"], ["dog"], 2)
+    line = f"--dataset folder --data-dir art --image-size 32 --exclude-cls cat {QUICK}"
+    command(train_ddpm, f"{line} --out run")
+    _, info = model.load_checkpoint("run")
+    assert info["conditions"] == [[0, 0], [0, 1], [1, 0]]      # with what was left out
+
 @needs_full_disk
 def test_main_of_train_ddpm_writes_its_files_when_standard_output_is_full(quick_pretraining):
     assert in_a_fork(on_a_full_disk, train_ddpm, f"{QUICK} --out run") == 0
@@ -1905,6 +2353,7 @@ def test_main_of_train_ddpm_writes_its_files_when_standard_output_is_full(quick_
 
 SQUARE = [(0, 1)]               # class 1 of TINY, whose images are all 255
 BOTH = [(0, 1), (1, 2)]         # and style 2, whose images are all 7
+ALL = model.all_labels(NAMES)   # the conditions of the tiny_images()
 
 def make_evaluation(targets, **changes):
     """An Evaluation with two forgotten samples for each target, and one of each retained label."""
@@ -1916,18 +2365,31 @@ def make_evaluation(targets, **changes):
     return fid.Evaluation(**{**parts, **changes})
 
 def test_conditions_forgets_the_targets_and_nothing_else_that_is_forgotten():
-    forget, _ = fid.conditions(NAMES, SQUARE, BOTH, samples=12)
+    forget, _ = fid.conditions(ALL, SQUARE, BOTH, samples=12)
     assert forget.tolist() == [[1, 0]] * 2 + [[1, 1]] * 2       # 12 / 3 samples of two labels
 
 def test_conditions_retains_no_forgotten_value():
-    _, retain = fid.conditions(NAMES, SQUARE, BOTH, samples=12)
+    _, retain = fid.conditions(ALL, SQUARE, BOTH, samples=12)
     expected = [[c, s] for c in (0, 2, 3) for s in (0, 1)]
     assert retain.unique(dim=0).tolist() == expected
 
 def test_conditions_draws_equally_many_of_each_label():
-    for labels in fid.conditions(NAMES, BOTH, BOTH, samples=60):
+    for labels in fid.conditions(ALL, BOTH, BOTH, samples=60):
         counts = labels.unique(dim=0, return_counts=True)[1]
         assert len(set(counts.tolist())) == 1
+
+def test_conditions_draws_none_that_the_data_lack():
+    data_have = torch.tensor([[0, 0], [1, 0], [2, 1]])
+    forget, retain = fid.conditions(data_have, SQUARE, SQUARE, samples=12)
+    assert forget.tolist() == [[1, 0]] * 4
+    assert retain.tolist() == [[0, 0]] * 4 + [[2, 1]] * 4
+
+def test_conditions_says_that_it_draws_more_samples_than_were_asked_for(capsys):
+    fid.conditions(ALL, SQUARE, SQUARE, samples=12)
+    assert capsys.readouterr().out == ""
+    forget, retain = fid.conditions(ALL, SQUARE, SQUARE, samples=11)
+    assert len(forget) + len(retain) == 12
+    assert "--samples 11 is less than one of each of 12" in capsys.readouterr().out
 
 def test_balanced_takes_equally_many_of_each_label():
     x, y = tiny_images()
@@ -1953,9 +2415,9 @@ def test_draw_samples_says_that_a_model_has_diverged(capsys):
     assert "diverged" in refusal(capsys, fid.draw_samples, network, y, 1, 0)
 
 @pytest.fixture
-def prepared(monkeypatch):
-    """The Evaluation for target class 1 where style 2 is forgotten, too; its reference images are
-    in `pictures`."""
+def prepare(monkeypatch):
+    """Call it for the Evaluation of images x and labels y, for target class 1 where style 2 is
+    forgotten, too; its reference images are in `pictures`."""
     pictures = []
 
     def features(classifier, images):
@@ -1966,9 +2428,16 @@ def prepared(monkeypatch):
     monkeypatch.setattr(fid, "classifier_features", features)
     args = SimpleNamespace(samples=12, sampler_steps=3, seed=5)
     info = {"names": NAMES, "dataset": "any"}
-    x, y = tiny_images()
-    evaluation = fid.prepare_evaluation(info, x, y, targets=SQUARE, forgotten=BOTH, args=args)
-    return SimpleNamespace(evaluation=evaluation, pictures=torch.cat(pictures))
+
+    def work(x, y):
+        evaluation = fid.prepare_evaluation(info, x, y, targets=SQUARE, forgotten=BOTH, args=args)
+        return SimpleNamespace(evaluation=evaluation, pictures=torch.cat(pictures))
+
+    return work
+
+@pytest.fixture
+def prepared(prepare):
+    return prepare(*tiny_images())
 
 def test_prepare_evaluation_compares_with_no_forgotten_image(prepared):
     assert len(prepared.pictures) == 120               # three classes in two styles
@@ -1980,6 +2449,30 @@ def test_prepare_evaluation_draws_no_other_forgotten_value(prepared):
     assert (y[:, 1] != 2).all()
     assert (prepared.evaluation.forget[:, 0] == 1).all()
     assert (prepared.evaluation.retain[:, 0] != 1).all()
+
+def test_prepare_evaluation_counts_each_condition_of_the_real_images_the_same(prepare):
+    x, y = tiny_images()
+    rare = (y[:, 0] == 3).nonzero()[:, 0]
+    keep = torch.ones(len(y), dtype=torch.bool)
+    keep[rare] = torch.arange(len(rare)) % 20 == 0             # one of twenty
+    mean, _ = prepare(x[keep], y[keep]).evaluation.reference
+    retained = model.matches(y, [(0, 0), (0, 2)]) & (y[:, 1] != 2)
+    common = x[retained].flatten(1).double().mean(0)           # four conditions of six
+    others = x[keep & (y[:, 0] == 3) & (y[:, 1] != 2)].flatten(1).double().mean(0)
+    assert np.allclose(mean, (4 * common + 2 * others) / 6)
+
+def test_prepare_evaluation_draws_none_that_the_data_lack(prepare):
+    x, y = tiny_images()
+    lacking = (y == torch.tensor([1, 0])).all(1) | (y == torch.tensor([3, 1])).all(1)
+    evaluation = prepare(x[~lacking], y[~lacking]).evaluation
+    assert evaluation.forget.unique(dim=0).tolist() == [[1, 1]]
+    expected = [[0, 0], [0, 1], [2, 0], [2, 1], [3, 0]]
+    assert evaluation.retain.unique(dim=0).tolist() == expected
+
+def test_prepare_evaluation_says_that_the_data_have_no_picture_of_the_target(prepare, capsys):
+    x, y = tiny_images()
+    keep = (y[:, 0] != 1) | (y[:, 1] == 2)             # class b in the forgotten style alone
+    assert "no picture of cls b alone" in refusal(capsys, prepare, x[keep], y[keep])
 
 def test_prepare_evaluation_records_the_protocol(prepared):
     protocol = prepared.evaluation.protocol
@@ -2191,6 +2684,37 @@ def mixed_features(seed, n=200, dims=6):
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, dims)) @ rng.normal(size=(dims, dims)) + rng.normal(size=dims)
 
+def unequal_features():
+    """270 features of one label, 10 of another, and the labels."""
+    features = np.concatenate([mixed_features(0, n=270), mixed_features(1, n=10)])
+    return features, torch.tensor([[0]] * 270 + [[1]] * 10)
+
+def test_equal_weights_let_each_label_count_the_same_in_all():
+    y = torch.tensor([[0, 0]] * 27 + [[0, 1]] + [[1, 1]] * 2)
+    weights = fid.equal_weights(y)
+    sums = [weights[:27].sum(), weights[27:28].sum(), weights[28:].sum()]
+    assert sums == pytest.approx([sums[0]] * 3)
+
+def test_moments_with_equal_weights_are_those_of_balanced_data():
+    features, y = unequal_features()
+    mean, cov = fid.moments(features, fid.equal_weights(y))
+    balanced = np.concatenate([features[:270], np.repeat(features[270:], 27, 0)])
+    assert np.allclose(mean, balanced.mean(0))
+    assert np.allclose(cov, np.cov(balanced, rowvar=False, ddof=0), rtol=0.05, atol=0.05)
+
+def test_moments_with_equal_weights_have_no_distance_from_balanced_data():
+    features, y = unequal_features()
+    balanced = fid.moments(np.concatenate([features[:270], np.repeat(features[270:], 27, 0)]))
+    weighted = fid.moments(features, fid.equal_weights(y))
+    distance = fid.frechet_distance(weighted, balanced)
+    assert distance < 0.01 * fid.frechet_distance(fid.moments(features), balanced)
+
+def test_moments_without_weights_are_those_of_numpy():
+    features, _ = unequal_features()
+    mean, cov = fid.moments(features)
+    assert np.allclose(mean, features.mean(0))
+    assert np.allclose(cov, np.cov(features, rowvar=False))
+
 def test_frechet_distance_equals_the_one_with_a_matrix_root():
     a, b = mixed_features(0), mixed_features(1)
     cov1, cov2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -2341,25 +2865,52 @@ def test_predict_and_classifier_features_take_bytes_or_floats():
 TRAIN_CLASSIFIER = f"--train-classifier --dataset folder --image-size 32 {QUICK}"
 
 def save_classes(folder, names):
-    """Four pictures of one colour for each name; two folders differ in their pictures."""
+    """Four pictures of like colours for each name; two folders differ in their pictures."""
     for name in names:
         for k in range(4):
-            save_png(f"{folder}/{name}/{k}.png", (80, ord(name), ord(folder)))
+            save_png(f"{folder}/{name}/{k}.png", (80 + k, ord(name), ord(folder)))
 
 def classifier_of(folder, names):
     args = SimpleNamespace(dataset="folder", data_dir=folder)
     classifier, _ = fid.load_classifier(args, CPU, [names], size=32)
     return classifier
 
-def test_load_classifier_takes_the_newest(small_world):
+def test_load_classifier_takes_the_last_by_number_whatever_its_date(small_world):
     save_classes("C", "ab")
-    for seed in (1, 2):
-        out = f"runs/folder/classifier-{seed}"
-        command(fid, f"{TRAIN_CLASSIFIER} --data-dir C --seed {seed} --out {out}")
-        os.utime(f"{out}/model.pt", (seed, seed))
-    newest = torch.load("runs/folder/classifier-2/model.pt", weights_only=True)["weights"]
+    for number in (2, 9, 10):
+        out = f"runs/folder/classifier-{number}"
+        command(fid, f"{TRAIN_CLASSIFIER} --data-dir C --seed {number} --out {out}")
+        os.utime(f"{out}/model.pt", (100 - number, 100 - number))
+    last = torch.load("runs/folder/classifier-10/model.pt", weights_only=True)["weights"]
     found = classifier_of("C", ["a", "b"]).heads[0].weight
-    assert torch.equal(found, newest["heads.0.weight"].float())
+    assert torch.equal(found, last["heads.0.weight"].float())
+
+def test_load_classifier_takes_the_one_of_a_copy_of_the_pictures(small_world):
+    save_classes("C", "ab")
+    command(fid, f"{TRAIN_CLASSIFIER} --data-dir C")
+    shutil.copytree("C", "copy/C", copy_function=shutil.copyfile)
+    assert classifier_of("copy/C", ["a", "b"]).heads[0].out_features == 3
+
+def test_load_classifier_says_which_it_took_and_how_well_it_judges(capsys):
+    _, (shape, style) = shipped_classifier()
+    path = model.shipped("shapes_classifier.pt")
+    words = f"cls {100 * shape:.1f} %, style {100 * style:.1f} %"
+    expected = f"classifier {path}: accuracy on test images: {words}\n"
+    assert capsys.readouterr().out == expected
+
+@pytest.mark.parametrize("accuracy,warned", [
+    ([0.80, 0.99], False),
+    ([0.79, 0.99], True),
+    ([0.99, 0.79], True),
+])
+def test_load_classifier_warns_of_one_that_is_right_in_less_than_80_percent(
+        accuracy, warned, capsys):
+    poor = model.load_file(model.shipped("shapes_classifier.pt"), "classifier")
+    model.save_file("runs/shapes/classifier/model.pt", "classifier", {**poor, "accuracy": accuracy})
+    shipped_classifier()
+    out = capsys.readouterr().out
+    assert out.startswith("classifier runs/shapes/classifier/model.pt: ")
+    assert ("warning: below 80 %" in out) == warned
 
 def test_load_classifier_leaves_out_those_of_other_pictures(small_world, capsys):
     save_classes("C", "ab")
@@ -2398,8 +2949,10 @@ def two_folders():
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size))
         model.save_picture(picture, f"{folder}/{i}.png")
 
+BY_SHAPES = "--features classifier --dataset shapes"
+
 def test_main_measures_two_folders_of_any_size(two_folders):
-    command(fid, "a b --features classifier --out out")
+    command(fid, f"a b {BY_SHAPES} --out out")
     result = result_of("out")
     assert result["fid"] > 1
     assert result["protocol"]["real_images"] == 25
@@ -2407,8 +2960,21 @@ def test_main_measures_two_folders_of_any_size(two_folders):
     assert Image.open("out/samples.png").size == (20 * 66, 2 * 66)
 
 def test_main_finds_no_distance_from_a_folder_to_itself(two_folders):
-    command(fid, "a a --features classifier --out out")
+    command(fid, f"a a {BY_SHAPES} --out out")
     assert result_of("out")["fid"] < 1e-3
+
+def test_main_judges_two_folders_only_by_a_data_set_that_is_named(two_folders, capsys):
+    error = refusal(capsys, command, fid, "a b --features classifier")
+    assert "such as --dataset shapes" in error
+    assert not Path("runs").exists()
+
+def test_main_counts_a_picture_once_whatever_links_lead_to_it(two_folders):
+    Path("b/more").symlink_to("../a")
+    Path("a/more").symlink_to("../b")
+    Path("a/latest.png").symlink_to("0.png")
+    command(fid, f"a b {BY_SHAPES} --out out")
+    protocol = result_of("out")["protocol"]
+    assert (protocol["real_images"], protocol["fake_images"]) == (50, 50)
 
 def test_main_takes_inception_for_two_folders(two_folders, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", Mock(side_effect=OSError))
@@ -2416,11 +2982,11 @@ def test_main_takes_inception_for_two_folders(two_folders, monkeypatch, capsys):
 
 def test_main_names_a_picture_that_cannot_be_read(two_folders, capsys):
     Path("b/30.png").write_bytes(b"broken")
-    assert "b/30.png" in refusal(capsys, command, fid, "a b --features classifier")
+    assert "b/30.png" in refusal(capsys, command, fid, f"a b {BY_SHAPES}")
 
 def test_main_says_that_a_folder_is_empty(two_folders, capsys):
     Path("empty").mkdir()
-    error = refusal(capsys, command, fid, "a empty --features classifier")
+    error = refusal(capsys, command, fid, f"a empty {BY_SHAPES}")
     assert "25 real and 0 fake images" in error
 
 def test_main_measures_a_model_and_what_it_draws(small_world):
@@ -2429,6 +2995,23 @@ def test_main_measures_a_model_and_what_it_draws(small_world):
     assert {"cls", "cls_low", "style", "fid", "fid_error"} <= result.keys()
     assert result["protocol"]["fake"] == "samples, 1 DDIM steps, guidance 2, seed 0"
 
+def test_main_finds_no_distance_from_unequal_classes_to_themselves(monkeypatch):
+    for name, n in (("cat", 30), ("dog", 2)):
+        for k in range(n):
+            save_png(f"art/{name}/{k}.png", (7 * k, 90, 7 * n))
+    mean_colour = Mock(features=lambda x: x.mean((2, 3)))
+    monkeypatch.setattr(fid, "load_classifier", lambda *args: (mean_colour, [1.0]))
+    monkeypatch.setattr(fid, "predict", lambda classifier, x: zero_labels(len(x))[:, :1])
+    command(fid, "train train --dataset folder --data-dir art --image-size 32 --out out")
+    assert result_of("out")["fid"] == pytest.approx(0, abs=1e-6)
+
+def test_load_source_draws_the_conditions_that_the_data_have(small_world):
+    conditions = [[0, 0], [1, 4], [2, 0]]
+    save_few_conditions("few.pt", conditions)
+    args = SimpleNamespace(dataset="shapes", samples=6, sampler_steps=1, seed=0, compile=False)
+    source = fid.load_source("few.pt", args, CPU, 32)
+    assert source.y.tolist() == [label for label in conditions for _ in range(2)]
+
 def test_main_says_that_a_model_draws_other_data(small_world, capsys):
     error = refusal(capsys, command, fid, "test tiny.pt --dataset fashion")
     assert "fashion" in error
@@ -2436,7 +3019,7 @@ def test_main_says_that_a_model_draws_other_data(small_world, capsys):
 def test_main_of_fid_keeps_its_result_where_the_picture_fails(two_folders, monkeypatch):
     monkeypatch.setattr(fid, "save_grid", Mock(side_effect=NameError("gird")))
     with pytest.raises(NameError):
-        command(fid, "a b --features classifier --out out")
+        command(fid, f"a b {BY_SHAPES} --out out")
     assert result_of("out")["fid"] > 1
 
 def test_features_of_resizes_without_antialiasing():
@@ -3082,6 +3665,16 @@ def test_main_of_unlearn_records_how_the_model_was_made(small_world):
     assert expected.items() <= made_by["settings"].items()
     assert result_of("run")["settings"] == made_by["settings"]
 
+def test_main_of_unlearn_keeps_the_sha_256_of_the_model_it_started_from(small_world):
+    command(unlearn, f"{UNLEARN} --out run")
+    expected = hashlib.sha256(Path("tiny.pt").read_bytes()).hexdigest()
+    assert model.load_checkpoint("run")[1]["made_by"]["from_sha256"] == expected
+
+def test_main_of_unlearn_keeps_the_conditions_that_the_data_have(small_world):
+    save_few_conditions("few.pt", [[0, 0], [1, 4]])
+    command(unlearn, f"--cls square --ckpt few.pt {BRIEF} --out run")
+    assert model.load_checkpoint("run")[1]["conditions"] == [[0, 0], [1, 4]]
+
 def test_main_of_unlearn_repeats_from_its_seed(small_world):
     for out in ("first", "second"):
         command(unlearn, f"{UNLEARN} --out {out}")
@@ -3205,6 +3798,11 @@ def test_attacks_have_all_settings_for_both_presets(name):
 
 # ---- attack.py: the attacker's data --------------------------------------------------------------
 
+def made_of(path):
+    """The made_by of a model that was unlearned in the one in this file."""
+    path = Path(path).absolute()
+    return {"from": str(path), "from_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
 @pytest.fixture
 def auxiliary(monkeypatch):
     """Call it for the images and labels that the attacker gets: auxiliary(aux, forgotten). The
@@ -3213,17 +3811,18 @@ def auxiliary(monkeypatch):
         white = network.conv_in.bias[0] == 5
         return torch.full((len(y), 3, 8, 8), 1.0 if white else -1.0)
 
-    info = {"names": NAMES, "dataset": "any", "preset": "small", "forgotten": []}
+    info = {"names": NAMES, "dataset": "any", "preset": "small", "forgotten": [],
+            "conditions": ALL.tolist()}
     model.save_checkpoint("first.pt", tiny_network(), {**info, "made_by": {}})
     attacked = tiny_network()
     attacked.conv_in.bias.data[0] = 5
-    model.save_checkpoint("second.pt", attacked, {**info, "made_by": {"from": "first.pt"}})
-    attacked_info = {**info, "made_by": {"from": "second.pt"}}
+    model.save_checkpoint("second.pt", attacked, {**info, "made_by": made_of("first.pt")})
+    attacked_info = {**info, "made_by": made_of("second.pt")}
     monkeypatch.setattr(attack, "sample", draw)
     monkeypatch.setattr(attack, "load_data", lambda *args: (*tiny_images(), NAMES))
 
-    def get(aux, forgotten=SQUARE, made_by=None):
-        its_info = attacked_info if made_by is None else {**info, "made_by": made_by}
+    def get(aux, forgotten=SQUARE, **changes):
+        its_info = {**attacked_info, **changes}
         return attack.auxiliary_set(aux, attacked, its_info, tiny_images(), forgotten, "data")
 
     return get
@@ -3244,8 +3843,59 @@ def test_auxiliary_set_draws_samples_of_the_retained_conditions(aux, value, auxi
     assert all_equal(x, value).all()                   # of the model attacked, or of the first one
     assert x.dtype == torch.uint8
 
+@pytest.mark.parametrize("aux", ["generated", "pretrained"])
+def test_auxiliary_set_draws_no_condition_that_the_data_lack(aux, auxiliary):
+    _, y = auxiliary(aux, SQUARE, conditions=[[0, 0], [1, 1], [2, 1]])
+    assert y.unique(dim=0).tolist() == [[0, 0], [2, 1]]
+
+def test_auxiliary_set_says_that_no_condition_is_left_to_draw(auxiliary, capsys):
+    def work():
+        auxiliary("generated", SQUARE, conditions=[[1, 0], [1, 1]])
+
+    assert "--aux generated" in refusal(capsys, work)
+
 def test_auxiliary_set_pretrained_needs_a_model_that_was_unlearned(auxiliary, capsys):
-    assert "not unlearned" in refusal(capsys, auxiliary, "pretrained", SQUARE, {})
+    def work():
+        auxiliary("pretrained", SQUARE, made_by={})
+
+    assert "--aux pretrained: the model that was unlearned in" in refusal(capsys, work)
+
+def another_model(path):
+    """Put another model into a file's place."""
+    network, info = model.load_checkpoint(path)
+    network.conv_in.bias.data += 1
+    model.save_checkpoint(path, network, info)
+
+def test_auxiliary_set_pretrained_refuses_another_file_in_the_models_place(auxiliary, capsys):
+    def work():
+        auxiliary("pretrained", SQUARE, made_by=made_by)
+
+    made_by = made_of("second.pt")
+    another_model("second.pt")
+    error = refusal(capsys, work)
+    assert "--aux pretrained" in error and "second.pt, unchanged" in error
+
+def test_original_model_is_the_one_that_was_unlearned_in_first(auxiliary):
+    found = attack.original_model({"made_by": made_of("second.pt")}, CPU)
+    assert torch.equal(all_weights(found), all_weights("first.pt"))
+
+def test_original_model_refuses_another_file_in_its_place(auxiliary):
+    made_by = made_of("first.pt")
+    another_model("first.pt")
+    assert attack.original_model({"made_by": made_by}, CPU) is None
+
+def test_original_model_refuses_another_file_further_back(auxiliary):
+    another_model("first.pt")                          # second.pt was made of what was here
+    assert attack.original_model({"made_by": made_of("second.pt")}, CPU) is None
+
+def test_original_model_is_none_where_the_file_is_gone(auxiliary):
+    made_by = made_of("second.pt")
+    os.remove("first.pt")
+    assert attack.original_model({"made_by": made_by}, CPU) is None
+
+def test_original_model_trusts_no_file_whose_contents_were_not_kept(auxiliary):
+    made_by = {"from": str(Path("first.pt").absolute())}       # of an earlier edition
+    assert attack.original_model({"made_by": made_by}, CPU) is None
 
 def test_auxiliary_set_refuses_data_of_nothing_but_the_forgotten(auxiliary, capsys):
     everything = [(0, 0), (0, 1), (0, 2), (0, 3)]
@@ -3318,8 +3968,59 @@ def test_read_folder_uses_nothing_where_the_folder_itself_has_a_forgotten_name(
     save_png(f"pictures/{name}/p/1.png", "red")
     assert "holds no image but" in refusal(capsys, auxiliary, f"pictures/{name}")
     monkeypatch.chdir(f"pictures/{name}")
-    model.save_checkpoint("first.pt", tiny_network(), {})
     assert "holds no image but" in refusal(capsys, auxiliary, ".")
+
+@pytest.mark.parametrize("inside", ["p", "p/a"])
+def test_read_folder_uses_nothing_where_the_folder_lies_below_a_forgotten_name(
+        inside, auxiliary, monkeypatch, capsys):
+    save_png("pictures/b/p/a/1.png", "red")
+    assert "holds no image but" in refusal(capsys, auxiliary, f"pictures/b/{inside}")
+    monkeypatch.chdir(f"pictures/b/{inside}")
+    assert "holds no image but" in refusal(capsys, auxiliary, ".")
+
+def test_read_folder_uses_nothing_where_a_link_leads_below_a_forgotten_name(auxiliary, capsys):
+    save_png("pictures/b/1.png", "white")
+    save_png("aux/p/a/1.png", "red")
+    Path("aux/p/c").symlink_to("../../pictures/b")             # a folder
+    Path("aux/p/a/2.png").symlink_to("../../../pictures/b/1.png")
+    Path("innocent").symlink_to("pictures/b")
+    x, _ = auxiliary("aux")
+    assert len(x) == 1
+    assert "holds no image but" in refusal(capsys, auxiliary, "innocent")
+
+def test_read_folder_uses_nothing_where_a_link_has_a_forgotten_name(auxiliary):
+    save_png("pool/1.png", "white")
+    save_png("aux/p/a/1.png", "red")
+    Path("aux/p/b").symlink_to("../../pool")
+    x, _ = auxiliary("aux")
+    assert not all_equal(x, 255).any()
+
+@pytest.mark.parametrize("other", ["a", "c"])
+def test_read_folder_uses_no_picture_to_which_one_forgotten_name_leads_of_two(other, auxiliary):
+    save_png("pool/1.png", "white")
+    save_png("aux/p/a/1.png", "red")
+    for name in ("b", other):
+        Path("aux/p", name).mkdir(exist_ok=True)
+        Path("aux/p", name, "2.png").symlink_to("../../../pool/1.png")
+    x, _ = auxiliary("aux")
+    assert not all_equal(x, 255).any()
+
+@pytest.mark.parametrize("hidden", [COMPOSED, DECOMPOSED])
+@pytest.mark.parametrize("name", [COMPOSED, DECOMPOSED, "CAFE\u0301", f"{COMPOSED} "])
+def test_read_folder_uses_nothing_below_another_spelling_of_a_forgotten_name(hidden, name):
+    save_png("aux/p/tea/1.png", "red")
+    save_png(f"aux/p/{name}/2.png", "white")
+    names = [["tea", hidden, "c", "d"], NAMES[1]]
+    x, _ = attack.read_folder("aux", tiny_network(), names, SQUARE)
+    assert len(x) == 1
+    assert not all_equal(x, 255).any()
+
+@pytest.mark.parametrize("name", [COMPOSED, DECOMPOSED, f" {COMPOSED}"])
+def test_read_folder_labels_a_name_in_another_spelling(name):
+    save_png(f"aux/p/{name}/1.png", "red")
+    names = [["a", "b", COMPOSED, "d"], NAMES[1]]
+    _, y = attack.read_folder("aux", tiny_network(), names, SQUARE)
+    assert y.tolist() == [[2, 0]]
 
 def test_read_folder_takes_pictures_at_the_models_size(auxiliary):
     save_png("aux/p/a/1.png", "red")
@@ -3580,7 +4281,7 @@ MISTAKES = [
     (attack, "tiny.pt", "--cls circle"),
     (attack, f"{ATTACK} --aux nowhere", "fewshot:K"),
     (attack, f"{ATTACK} --aux forget", "forget:10"),
-    (attack, f"{ATTACK} --aux pretrained", "not unlearned"),
+    (attack, f"{ATTACK} --aux pretrained", "not to be found"),
     (attack, f"{ATTACK} --attack dimba", "--help"),
     (attack, "--table .", "no results"),
 ]
