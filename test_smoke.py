@@ -1602,11 +1602,14 @@ def test_load_folder_decodes_a_folder_once(monkeypatch):
     assert torch.equal(first, again)
 
 def test_load_folder_looks_again_when_a_picture_changes():
-    save_artwork("art", ["p"], ["cat"], 2)
-    load_art()
-    for k in (0, 1):
-        save_png(f"art/p/cat/{k}.png", "white")
-    x, _, _ = load_art()
+    folder = Path("art/p/cat")
+    folder.mkdir(parents=True)
+    for hour, color in enumerate(("black", "white")):
+        for k in (0, 1):
+            path = folder / f"{k}.bmp"                         # as large in black as in white
+            Image.new("RGB", (9, 9), color).save(path)
+            os.utime(path, (3600 * hour, 3600 * hour))
+        x, _, _ = load_art()
     assert (x == 255).all()
 
 def test_load_folder_looks_again_at_broken_pictures(capsys):
