@@ -582,11 +582,10 @@ def explain(message, *errors):
         fail(f"{message} ({reason[0][:100]})")
 
 def say(*words, end="\n"):
-    """print. Where standard output cannot be written (its disk is full), the run goes on."""
+    """print. Where standard output cannot be written (its disk is full, or "| head" has seen
+    enough), the run goes on."""
     try:
         print(*words, end=end, flush=True)
-    except BrokenPipeError:                            # "| head" has seen enough
-        raise
     except OSError as e:
         print(f"standard output is lost ({e}); the run goes on without it", file=sys.stderr)
         sys.stdout = open(os.devnull, "w")
@@ -598,8 +597,6 @@ def run(main):
         sys.stdout.reconfigure(errors="replace")
     try:
         main()
-    except BrokenPipeError:
-        os._exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
