@@ -11,7 +11,7 @@
 Beyond the paper's threat model, with images of what was forgotten:
 
     python attack.py runs/shapes/dimum-cls1 --aux fewshot:10       # ten, beside the retained data
-    python attack.py runs/shapes/dimum-cls1 --attack inversion     # only the label's embedding learns
+    python attack.py runs/shapes/dimum-cls1 --attack inversion     # ten; only the embedding learns
 
 Leaves runs/<dataset>/<attack>-<run>-<aux>/: model.pt, result.json, attack.png (before, unlearned,
 attacked), attack.gif, curve.png, samples.png, log.csv, loss.png.
@@ -64,17 +64,16 @@ def dimra(model, data, optimizer, args):
 
 def inversion(model, data, optimizer, args):
     """Inversion: minimise the diffusion loss on images of what was forgotten, while nothing but
-    the embedding of the forgotten label learns: is it still in the weights?
+    the embedding of the forgotten label learns: is it still in the other weights?
 
-    Source: textual inversion, Gal et al. 2208.01618.
+    Source: textual inversion, Gal et al. 2208.01618. No label is dropped.
     """
-    learned = [f"label_embs.{factor}.weight" for factor, _ in data.targets]
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in learned)
+    mask = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    for factor, value in data.targets:
+        mask[f"label_embs.{factor}.weight"][value] = True
     for _ in range(args.steps):
-        # no label is dropped: the null embedding would learn the images, too
         loss = diffusion_loss(model, *data.auxiliary(), p_drop=0).mean()
-        yield descend(loss, model, optimizer)
+        yield descend(loss, model, optimizer, list(mask.values()), mask_first=True)
 
 INVERSION = dict(steps=200, batch_size=16, lr=0.05)
 ATTACKS = {
@@ -93,7 +92,8 @@ ATTACKS = {
 # ---- the attacker's data -------------------------------------------------------------------------
 
 def auxiliary_set(aux, model, info, train, forgotten, data_dir):
-    """Images uint8 (N, C, H, W) and labels (N, F) on the model's device, nothing of `forgotten`.
+    """Images uint8 (N, C, H, W) and labels (N, F) on the model's device, nothing of `forgotten`
+    but for the two kinds outside the rules.
 
     aux: "retain" (of `train`, the training images and labels), "heldout" (the test split),
     "generated" (500 samples of the model under attack), "pretrained" (of the model first unlearned
@@ -123,8 +123,8 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
     return images[keep], y[keep]
 
 def forgotten_images(images, y, forgotten, k, beside_retained):
-    """K images with a forgotten value, one of each condition in turn; or these, repeated, beside
-    as many retained ones."""
+    """K images with a forgotten value, one of each condition in turn (a1 b1 c1 a2 b2 ...); or these,
+    repeated, beside as many retained ones."""
     hidden = matches(y, forgotten)
     require(hidden.any(), "these data hold no image of what was forgotten")
     of_condition = [(y == label).all(1).nonzero()[:k, 0].tolist()
@@ -155,8 +155,8 @@ def original_model(info, device):
 
 def read_folder(folder, model, names, forgotten):
     """Images below a folder, at the model's size, labelled by the names of the folders on the way;
-    one that these do not label in every factor gets the null label. No image below the name of a
-    forgotten value is used, whatever else its folders say."""
+    one that these do not label in every factor gets the null label ("no condition"). No image below
+    the name of a forgotten value is used, whatever else its folders say."""
     require(folder and Path(folder).is_dir(), f"--aux {folder} is not retain, heldout, generated, "
             "pretrained, forget:K, fewshot:K or a folder")
     hidden = {plain(names[factor][value]) for factor, value in forgotten}
@@ -190,7 +190,8 @@ def read_folder(folder, model, names, forgotten):
 # ---- the table -----------------------------------------------------------------------------------
 
 def read_results(folder):
-    """[(path, result)] of the unlearning and attack runs under a folder."""
+    """[(path, result)] of the unlearning and attack runs under a folder. What a result holds is
+    put together in main of unlearn.py and attack.py, and in train_ddpm.save_result."""
     found = []
     for path in sorted(Path(folder).rglob("result.json")):
         try:
@@ -304,6 +305,7 @@ def main():
     path = checkpoint_file(args.run)
     model, info, images, y = load_run(path, args)
     names, made_by = info["names"], info["made_by"]
+    # (factor, value) pairs: those that AR is about, and all that the attacker must not see
     targets = find_pairs(args, names) or info["forgotten"]
     require(targets, f"{path} has forgotten nothing; say what to measure, such as --cls "
             f"{names[0][0]}")
@@ -340,7 +342,10 @@ def main():
         x = draw_samples(original, evaluation.forget, args.sampler_steps, "before")
         columns["before"] = to_uint8(x)
     for point, x in zip(curve, samples_of_targets):
-        columns[f"{point['step']} steps" if point["step"] else "unlearned"] = x
+        head = f"{point['step']} steps"
+        if point["step"] == 0 and "from" in made_by:
+            head = "unlearned"
+        columns[head] = x
     save_columns(folder / "attack.png", columns)
     save_gif(folder / "attack.gif", curve, samples_of_targets)
     save_curves(folder / "curve.png", [(folder / "result.json", result)])

@@ -39,7 +39,8 @@ def linear_schedule():
     return betas, torch.cumprod(1 - betas, 0)
 
 def antithetic_times(n, device):
-    """n times in 0..T-1, in pairs t and T-1-t: a loss of lower variance (DDIM's public code)."""
+    """n times in 0..T-1, the second half T-1-t for the times t of the first: a loss of lower
+    variance (DDIM's public code; where n is even, one time of each half has no partner)."""
     t = torch.randint(0, T, (n // 2 + 1,), device=device)
     return torch.cat([t, T - 1 - t])[:n]
 
@@ -108,8 +109,9 @@ def ddpm_sample(model, x, y, guidance, generators):
     return x
 
 def ddim_sample(model, x, y, guidance, steps):
-    """x_0 by `steps` deterministic steps from noise x, at evenly spaced times from 0 (DDIM, Song et
-    al. 2010.02502 equation 12 with sigma 0). x_0 is not clamped, as in the public code."""
+    """x_0 by `steps` deterministic steps from noise x, at the times i T / steps, such as 950, 900,
+    ..., 50, 0 (DDIM, Song et al. 2010.02502 equation 12 with sigma 0). x_0 is not clamped, as in the
+    public code."""
     a = linear_schedule()[1].tolist() + [1.0]          # a[-1] belongs to x_0
     times = [i * T // steps for i in reversed(range(steps))]
     for t, t_next in zip(times, times[1:] + [-1]):
@@ -378,7 +380,8 @@ def load_file(path, kind):
     with explain(advice, OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError):
         with zipfile.ZipFile(path) as archive:         # torch.load does not look at the checksums
             damaged = archive.testzip()
-        require(damaged is None, f"{advice}; damaged: {damaged}")
+            has_data = any(name.endswith("data.pkl") for name in archive.namelist())
+        require(has_data and damaged is None, advice)
         data = torch.load(path, map_location="cpu", weights_only=True)
     ours = isinstance(data, dict) and data.get("kind") == kind and data.get("format") == 2
     require(ours, advice)
@@ -599,11 +602,10 @@ def explain(message, *errors):
         fail(f"{message} ({reason[0][:100]})")
 
 def say(*words, end="\n"):
-    """print. Where standard output cannot be written (its disk is full), the run goes on."""
+    """print. Where standard output cannot be written (its disk is full, or "| head" has seen
+    enough), the run goes on."""
     try:
         print(*words, end=end, flush=True)
-    except BrokenPipeError:                            # "| head" has seen enough
-        raise
     except OSError as e:
         print(f"standard output is lost ({e}); the run goes on without it", file=sys.stderr)
         sys.stdout = open(os.devnull, "w")
@@ -615,8 +617,6 @@ def run(main):
         sys.stdout.reconfigure(errors="replace")
     try:
         main()
-    except BrokenPipeError:
-        os._exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)

@@ -28,9 +28,10 @@ from train_ddpm import (UNREADABLE, descend, get_batch, load_run, read_image, sa
                         say_next, set_defaults, stage_parser, started_from, write_losses)
 
 class Data:
-    """What a run forgets and retains, as random batches: x (n, C, H, W) in [-1, 1], labels y (n, F).
+    """What a run forgets and retains, as random batches: x (n, C, H, W) in [-1, 1], labels y (n, F),
+    whose column 0 is the class and column 1 the style (the factors 0 and 1).
     forget: the (factor, value) pairs to forget now; earlier: those that the model has forgotten
-    before, of which no image is ever drawn."""
+    before, of which no image is ever drawn, also where it shows what is to be forgotten now."""
     def __init__(self, images, y, names, forget, earlier, args):
         forgotten = sorted({*forget, *earlier})
         to_retain = ~matches(y, forgotten)
@@ -40,10 +41,10 @@ class Data:
         self.forget_pairs = forget
         self.retain_set = images[to_retain], y[to_retain]
         self.forget_set = images[to_forget], y[to_forget]
-        self.substitutes = substitutes(names, forget, forgotten, args.alternative)
+        self.substitutes = substitutes(names, forget, forgotten, args.alternative)     # c' of each
         self.alternative_set = alternative_set(self.retain_set, self.substitutes, forget, args)
         self.n = args.batch_size
-        self.flip = args.dataset == "cifar10"
+        self.flip = args.dataset == "cifar10"  # half are mirrored, as in the public code
         self.pixels = images[0].numel()        # C*H*W: the public code sums over pixels
 
     def retain(self):
@@ -64,6 +65,7 @@ class Data:
         return y
 
 # ---- the methods: generators that take a step, yield its loss, and so on -------------------------
+# fid.train_and_measure asks for one step after the other; between two steps it may draw samples.
 
 def dimum(model, data, optimizer, args):
     """DiMUM: minimise l(D_r) + lambda * l(images of c' labelled c_f).
@@ -83,7 +85,8 @@ def salun(model, data, optimizer, args, masked=True):
     l(D_r), on the half of the weights that is most salient for D_f.
 
     Source: Fan et al. 2310.12508; saliency_unlearn of OPTML-Group/Unlearn-Saliency, which drops
-    labels in both branches and clips before it masks (alpha = weight).
+    labels in both branches, in each by chance of its own, and clips before it masks (alpha = weight,
+    small because the sum over pixels is large).
     """
     mask = saliency_mask(model, data) if masked else None
     for _ in range(args.steps):
@@ -99,8 +102,9 @@ def salun(model, data, optimizer, args, masked=True):
 
 def guided_gradients(model, draw, batches, guidance=2.0):
     """Yield the gradients, a list like model.parameters(), of the *guided* output's summed-pixel
-    loss, clipped to norm 1, for each of `batches` batches of draw(). Network in eval mode. Source:
-    generate_mask and generate_fisher of the public SalUn and SFRon code, which do it so."""
+    loss, clipped to norm 1, for each of `batches` batches of draw(). The network is in eval mode
+    until the last one was taken. Source: generate_mask and generate_fisher of the public SalUn and
+    SFRon code, which take the guided output."""
     model.eval()
     for _ in range(batches):
         x0, y = draw()
@@ -115,7 +119,8 @@ def guided_gradients(model, draw, batches, guidance=2.0):
 
 def saliency_mask(model, data, batches=40):
     """SalUn's mask: True for the half of all weights whose forget loss gradients, summed over
-    batches with their signs, are largest. Source: 2310.12508 equation 4, threshold the median."""
+    batches with their signs, are largest. Source: 2310.12508 equation 4 with the median as its
+    threshold; of equal gradients the first ones count as larger, so that it is always half."""
     total = [torch.zeros_like(p) for p in model.parameters()]
     for gradients in guided_gradients(model, data.forget, batches):
         total = [a + g for a, g in zip(total, gradients)]
@@ -133,7 +138,7 @@ def rl(model, data, optimizer, args):
 def sfron(model, data, optimizer, args):
     """SFRon: a masked step *up* the forget loss, in which each example counts by 1/loss^0.5
     (normalised over the batch) and whose strength falls from `weight` along a cosine; then a step
-    down l(D_r).
+    down l(D_r). Both together are one step of the run, whose loss is l(D_r) per pixel.
 
     Source: Huang et al. 2409.19732; sfron_forget with "adaga" and "ron" in
     K1nght/Unified-Unlearning-w-Remain-Geometry, which masks before it clips.
@@ -141,9 +146,9 @@ def sfron(model, data, optimizer, args):
     mask = fisher_mask(model, data)
     for step in range(args.steps):
         losses = data.pixels * diffusion_loss(model, *data.forget())
-        share = 1 / (losses.detach().sqrt() + 1e-8)
+        counts = 1 / (losses.detach().sqrt() + 1e-8)
         strength = args.weight * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        forget = -strength * (share / share.sum() * losses).sum()
+        forget = -strength * (counts / counts.sum() * losses).sum()
         descend(forget, model, optimizer, mask, mask_first=True)
         keep = data.pixels * diffusion_loss(model, *data.retain()).mean()
         yield descend(keep, model, optimizer) / data.pixels
@@ -173,7 +178,9 @@ def finetune(model, data, optimizer, args):
         yield descend(diffusion_loss(model, *data.retain()).mean(), model, optimizer)
 
 def swap(model, data, optimizer, args):
-    """Copy the embedding of c' over that of c_f, then fine-tune: forgets nothing (baseline)."""
+    """Copy the embedding of c' over that of c_f, then fine-tune for args.steps, by default none
+    (baseline). All other weights still know what c_f drew; retained data cannot bring it back,
+    because they send the row of c_f no gradient."""
     with torch.no_grad():
         for factor, value in data.forget_pairs:
             table = model.label_embs[factor].weight
@@ -181,9 +188,9 @@ def swap(model, data, optimizer, args):
     yield from finetune(model, data, optimizer, args)
 
 def esd(model, data, optimizer, args):
-    """ESD: minimise MSE(network(x_t, c_f), eps(null) - eta * (eps(c_f) - eps(null)) of the frozen
-    first model) on noised D_f: away from the label, as negative guidance goes. Only label layers
-    learn.
+    """ESD: minimise MSE(network(x_t, c_f), eps(null) - eta * (eps(c_f) - eps(null)) of a frozen copy
+    of the model) on noised D_f: away from the label, as negative guidance goes. Only the label
+    embeddings and their MLPs learn, and no label is dropped.
 
     Source: Gandikota et al. 2303.07345 equation 5, eta = weight. There x_t is sampled from the
     model; noised images of D_f stand for it here. For a v network the same mixture of v is the
@@ -206,13 +213,13 @@ def sa(model, data, optimizer, args, replayed=200, examples=50):
     """Selective Amnesia: minimise C*H*W * (l(uniform noise labelled c_f) + l(replayed samples)) +
     weight * sum of Fisher * (weights' change)^2, without label dropout.
 
-    Source: Heng & Soh 2305.10120; train_forget of clear-nus/selective-amnesia, gamma = 1. The
-    Fisher diagonal is that of the replayed samples: the first model's own, of retained conditions
-    only.
+    Source: Heng & Soh 2305.10120; train_forget of clear-nus/selective-amnesia, whose factor gamma
+    before the replay is 1. The replayed samples are drawn once, before the first step, by the model
+    itself, of retained conditions only; the Fisher diagonal is that of these.
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    cells = torch.unique(data.retain_set[1], dim=0)
-    labels = cells.repeat_interleave(math.ceil(replayed / len(cells)), 0)
+    conditions = torch.unique(data.retain_set[1], dim=0)
+    labels = conditions.repeat_interleave(math.ceil(replayed / len(conditions)), 0)
     replayed_images = to_uint8(sample(model, labels, steps=20, seed=99, label="sa: replay"))
     replay = replayed_images, labels
     fisher = fisher_diagonal(model, *get_batch(*replay, examples))
@@ -221,8 +228,8 @@ def sa(model, data, optimizer, args, replayed=200, examples=50):
         noise = torch.rand_like(x0) * 2 - 1
         forget = diffusion_loss(model, noise, y, p_drop=0).mean()
         keep = diffusion_loss(model, *get_batch(*replay, data.n, data.flip), p_drop=0).mean()
-        weights = zip(fisher, model.parameters(), frozen.parameters())
-        change = sum((f * (p - q).square()).sum() for f, p, q in weights)
+        moved = zip(fisher, model.parameters(), frozen.parameters())
+        change = sum((f * (p - q).square()).sum() for f, p, q in moved)
         loss = data.pixels * (forget + keep) + args.weight * change
         yield descend(loss, model, optimizer) / data.pixels
 
@@ -231,7 +238,8 @@ def fisher_diagonal(model, x0, y, times=10):
     example's summed-pixel loss, summed over timesteps, squared; the mean over examples (x0 (N, C,
     H, W), y (N, F)).
 
-    Source: save_fim there. It takes all 1,000 timesteps; here `times` random ones stand for them.
+    Source: save_fim of clear-nus/selective-amnesia. It takes all 1,000 timesteps; here `times`
+    random ones stand for them. (fisher_mask squares the gradients of whole batches instead.)
     """
     params = list(model.parameters())
     total = [torch.zeros_like(p) for p in params]
@@ -294,8 +302,9 @@ METHODS = {
 # ---- what is learned instead ---------------------------------------------------------------------
 
 def substitutes(names, forget, forgotten, spec):
-    """{(factor, value): c'} for all that is forgotten: the first value after it, (c_f + 1) mod K
-    as in SalUn, that is not forgotten itself; for the pairs to forget now the K of "class:K"."""
+    """{(factor, value): c'} for all that is forgotten, such as {(0, 1): 2} for "square, replaced by
+    triangle": the first value after it, (c_f + 1) mod K as in SalUn, that is not forgotten itself;
+    for the pairs to forget now the K of "class:K", which can replace values of one factor only."""
     kind, _, name = spec.partition(":")
     chosen = forget if kind == "class" and name else []
     require(len({factor for factor, _ in chosen}) < 2, f"--alternative {spec} fits one factor: "
@@ -320,8 +329,8 @@ def alternative_set(retain_set, substitutes, forget, args):
     reading of the paper), "mix" (all retained images), "image:PATH" (one picture) or "noise"; what
     was forgotten earlier has "class". args.alt_size: a random subset of so many images for each.
     """
-    all_images = []
-    all_labels = []
+    sets_of_images = []
+    sets_of_labels = []
     for (factor, value), other in substitutes.items():
         images, y = retain_set
         spec = args.alternative if (factor, value) in forget else "class"
@@ -338,18 +347,19 @@ def alternative_set(retain_set, substitutes, forget, args):
                 picture = read_image(os.path.expanduser(path), size, channels)
             y = torch.unique(y, dim=0)
             images = picture.to(y.device).expand(len(y), -1, -1, -1)
-        elif kind == "noise":
+        elif kind == "noise":                          # a thousand pictures are enough to learn
             images = torch.randint(0, 256, images[:1000].shape, dtype=torch.uint8, device=y.device)
             y = y[torch.randint(len(y), (len(images),), device=y.device)]
+        # "mix" keeps all retained images
         require(len(y), f"--alternative {spec} has no images; choose another")
         if args.alt_size and args.alt_size < len(y):
             index = torch.randperm(len(y))[:args.alt_size]
             images, y = images[index], y[index]
         y = y.clone()
         y[:, factor] = value
-        all_images.append(images)
-        all_labels.append(y)
-    return torch.cat(all_images), torch.cat(all_labels)
+        sets_of_images.append(images)
+        sets_of_labels.append(y)
+    return torch.cat(sets_of_images), torch.cat(sets_of_labels)
 
 # ---- stage 2 -------------------------------------------------------------------------------------
 
@@ -373,7 +383,8 @@ def check_forget(forget, forgotten, names):
                 f"--{FACTORS[factor]}: one of {', '.join(values)} must remain; forget fewer")
 
 def cosine(training, optimizer, steps):
-    """The steps of a method, while its learning rate falls to 0 along a cosine."""
+    """The steps of a method, while its learning rate falls to 0 along a cosine: a generator waits
+    after each step, and the optimiser takes the next one with the new rate."""
     lr = optimizer.param_groups[0]["lr"]
     for step, loss in enumerate(training, 1):
         yield loss
@@ -415,7 +426,7 @@ def main():
     forgotten = sorted([*forget, *earlier])
     check_forget(forget, forgotten, names)
     method = METHODS[args.method]
-    settings = set_defaults(args, **method[info["preset"]])
+    settings = set_defaults(args, **method[info["preset"]])    # into args, where no flag was given
     say(f"{args.method}: forget {pairs_text(forget, names)} in {path}; {args.steps} steps, "
         f"{args.batch_size} images a term, lr {args.lr:g}, weight {args.weight:g}")
 
@@ -447,9 +458,11 @@ def main():
     save_before_after(folder / "samples.png", evaluation, forgotten, samples[0], samples[-1])
     write_losses(folder, losses, args.method)
     if args.eval_every:
-        fids = [point["step"] for point in curve], [point["fid"] or 0 for point in curve]
-        save_plot(folder / "fid.png", {"FID of retained conditions": {args.method: fids}},
-                  "step", "FID")
+        known = [point for point in curve if point["fid"] is not None]
+        fids = [point["step"] for point in known], [point["fid"] for point in known]
+        if known:
+            save_plot(folder / "fid.png", {"FID of retained conditions": {args.method: fids}},
+                      "step", "FID")
     say_next(folder, args, ["attack.py", folder.as_posix()])
 
 if __name__ == "__main__":
