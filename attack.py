@@ -110,8 +110,9 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
     if aux == "pretrained":
         original = original_model(info, model.null.device)
         path = info["made_by"].get("from")
-        require(original, f"--aux pretrained: the model that was unlearned in is not to be found "
-                f"({path}, unchanged); start from the folder where it was")
+        require(path, "--aux pretrained: this model was not unlearned from another one")
+        require(original, f"--aux pretrained: {path}, the model that was unlearned in, is gone or "
+                "another one; start in the folder where it was, or choose another --aux")
         return generate(original, info, forgotten)
     if aux == "heldout":
         size = model.cfg.image_size
@@ -140,6 +141,7 @@ def generate(model, info, forgotten):
     """About 500 samples of the conditions without a forgotten value, and their labels."""
     y = torch.tensor(info["conditions"], device=model.null.device)
     y = y[~matches(y, forgotten)]
+    require(len(y), "the data have no condition but of what was forgotten; choose another --aux")
     y = y.repeat_interleave(math.ceil(500 / len(y)), 0)
     return to_uint8(sample(model, y, steps=20, seed=99, label="auxiliary images")), y
 
@@ -162,14 +164,18 @@ def read_folder(folder, model, names, forgotten):
     hidden = {plain(names[factor][value]) for factor, value in forgotten}
     above = {plain(part) for path in (Path(folder).absolute(), Path(folder).resolve())
              for part in path.parts}
+    below = set()                                      # pictures that lie below such a name, too
+    for place in Path(folder).rglob("*"):
+        if plain(place.name) in hidden and place.is_dir():
+            below.update(path.resolve() for path in find_images(place, quiet=True))
     null = model.null.tolist()
     images, labels = [], []
     left_out = 0
     unlabelled = set()
     for path in find_images(folder):
-        own = path.resolve().parts                     # where a link leads to
+        own = path.resolve()                           # where a link leads to
         parts = [plain(part) for part in path.relative_to(folder).parts[:-1]]
-        if hidden & {*parts, *above, *map(plain, own)}:
+        if own in below or hidden & {*parts, *above, *map(plain, own.parts)}:
             left_out += 1
             continue
         with explain(f"{path} is not a readable image; remove it", *UNREADABLE):
@@ -286,7 +292,7 @@ def parse_args():
          "pretrained, a folder, fewshot:K or forget:K (inversion's default, 10)")
     flag("--lr", metavar="X", type=number(float, 0, 10),
          help="learning rate; default by preset")
-    flag("--every", nargs="+", type=number(int, 1), metavar="N",
+    flag("--every", nargs="+", action="extend", type=number(int, 1), metavar="N",
          help="measure every N steps, or at several; default four times")
     flag("--cls", nargs="+", action="extend", metavar="K",
          help="measure these, not all that was forgotten")

@@ -261,14 +261,16 @@ def frechet_distance(real, fake):
     means = np.square(mu1 - mu2).sum()
     return max(0.0, float(means + np.trace(cov1) + np.trace(cov2) - 2 * cross))
 
-def fid_error(real, fake, resamples=20):
+def fid_error(real, fake, weights=None, resamples=20):
     """The FID's standard error: its spread over bootstrap resamples of the fake features (M, D),
-    against the real ones' moments."""
+    each with its weight (M,), against the real ones' moments."""
     rng = np.random.default_rng(0)
     n = len(fake)
     again = []
     for _ in range(resamples):
-        again.append(frechet_distance(real, moments(fake[rng.integers(n, size=n)])))
+        index = rng.integers(n, size=n)
+        chosen = None if weights is None else weights[index]
+        again.append(frechet_distance(real, moments(fake[index], chosen)))
     return float(np.std(again, ddof=1))
 
 # ---- InceptionV3 with FID's weights --------------------------------------------------------------
@@ -609,11 +611,12 @@ def main():
                 name = FACTORS[factor]
                 result.update(share(name, hit[:, factor]))
                 say(f"{name} recognised: {percent(result, name)} %")
-    weights = None if real.y is None else equal_weights(real.y)
-    reference = moments(features_of(real.images, network, device, "real", **how), weights)
+    real_weights = None if real.y is None else equal_weights(real.y)
+    fake_weights = None if fake.y is None else equal_weights(fake.y)
+    reference = moments(features_of(real.images, network, device, "real", **how), real_weights)
     features = features_of(fake.images, network, device, "fake", **how).numpy()
-    result["fid"] = frechet_distance(reference, moments(features))
-    result["fid_error"] = fid_error(reference, features)
+    result["fid"] = frechet_distance(reference, moments(features, fake_weights))
+    result["fid_error"] = fid_error(reference, features, fake_weights)
     say(f"FID ({kind} features): {result['fid']:.3f}, standard error {result['fid_error']:.3f}\n"
         f"real: {len(real.images)}, {real.how}; fake: {len(fake.images)}, {fake.how}")
     result["protocol"] = {

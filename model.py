@@ -134,6 +134,8 @@ def sample(model, y, steps=50, sampler="ddim", guidance=2.0, seed=0, batch=50, l
     device = model.null.device
     shape = (model.cfg.channels, model.cfg.image_size, model.cfg.image_size)
     first = torch.Generator().manual_seed(seed)
+    chance = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2 ** 32, (len(y),), generator=chance)        # of the steps of "ddpm"
     batches = y.to(device).split(batch)
     images = []
     was_training = model.training
@@ -144,8 +146,8 @@ def sample(model, y, steps=50, sampler="ddim", guidance=2.0, seed=0, batch=50, l
         if sampler == "ddim":
             x = ddim_sample(model, x, labels, guidance, steps)
         else:
-            seeds = [(seed << 32) + n * batch + i for i in range(len(labels))]
-            later = [torch.Generator().manual_seed(s) for s in seeds]
+            own = seeds[n * batch:n * batch + len(labels)].tolist()
+            later = [torch.Generator().manual_seed(s) for s in own]
             x = ddpm_sample(model, x, labels, guidance, later)
         images.append(x.clamp(-1, 1).contiguous())
     model.train(was_training)
@@ -366,11 +368,11 @@ def shipped(name):
     path = Path(__file__).resolve().parent / "assets" / name
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
-def save_file(path, kind, data):
+def save_file(path, kind, data, **advice):
     """Tensors and plain values in one file; kind is "unet", "classifier", "training", "images"."""
     buffer = io.BytesIO()                      # on a full disk torch.save raises no OSError
     torch.save({**data, "kind": kind, "format": 2}, buffer)
-    write_file(path, lambda tmp: tmp.write_bytes(buffer.getbuffer()))
+    write_file(path, lambda tmp: tmp.write_bytes(buffer.getbuffer()), **advice)
 
 def load_file(path, kind):
     """What save_file wrote, without running any code in the file; one line if it is not that."""
@@ -387,11 +389,12 @@ def load_file(path, kind):
     require(ours, advice)
     return data
 
-def write_file(path, write):
-    """Call write(temporary path), then rename: a kill leaves the old file or the new one, whole."""
+def write_file(path, write, advice="free some space, or write elsewhere with --out"):
+    """Call write(temporary path), then rename: a kill leaves the old file or the new one, whole.
+    advice: what helps where it cannot be written."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with explain(f"cannot write {path}; free some space, or write elsewhere with --out", OSError):
+    with explain(f"cannot write {path}; {advice}", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(tmp)

@@ -302,9 +302,9 @@ def find_images(folder, quiet=False):
         for path in entries:
             if path.name.startswith(NOT_DATA):
                 continue
-            if path.is_dir():
+            if os.path.isdir(path):            # Path.is_dir fails where it may not look
                 (links if path.is_symlink() else folders).append(path)
-            elif path.suffix.lower() not in IMAGE_KINDS or not path.is_file():
+            elif path.suffix.lower() not in IMAGE_KINDS or not os.path.isfile(path):
                 left_out.append(path)
             elif path.is_symlink():
                 found.setdefault(path.resolve(), path)
@@ -314,12 +314,25 @@ def find_images(folder, quiet=False):
         names = ", ".join(path.name for path in left_out[:9])
         say(f"{folder}: left out {len(left_out)} files or folders that hold no image that can be "
             f"read ({names})")
-    return sorted(found.values())
+    return sorted(found.values(), key=composed)
+
+def composed(path):
+    """The parts of a path in one spelling: systems differ in how they write an accented letter."""
+    return [unicodedata.normalize("NFC", part) for part in path.parts]
+
+def file_hash(path):
+    """The SHA-256 of a file, which is read once as long as it does not change; "" of one that may
+    not be read."""
+    path = Path(path).absolute()
+    stat = path.stat()
+    try:
+        return hash_of(path, stat.st_size, stat.st_mtime_ns)
+    except OSError:
+        return ""
 
 @functools.cache
-def file_hash(path):
-    """The SHA-256 of a file, which is read once."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def hash_of(path, size, changed):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 # what Pillow raises for a file that is broken, no picture, or far too large
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
@@ -352,13 +365,12 @@ def folder_key(paths, folder):
     """A fingerprint of a folder's pictures: their names below it and their contents."""
     files = []
     for path in paths:
-        name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
-        files.append((name, file_hash(path)))
+        files.append((composed(path.relative_to(folder)), file_hash(path)))
     return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()
 
 def folder_labels(paths, data_dir):
     """Labels (N, F) and names of pictures STYLE/CLASS/x.jpg or CLASS/x.jpg below data_dir."""
-    parents = [path.relative_to(data_dir).parts[:-1] for path in paths]
+    parents = [composed(path.relative_to(data_dir))[:-1] for path in paths]
     depths = {len(folders) for folders in parents}
     require(depths in ({1}, {2}),
             f"'{data_dir}' must hold images as STYLE/OBJECT/*.jpg or CLASS/*.jpg, at one depth; it "
@@ -399,7 +411,8 @@ def load_folder(data_dir, split, size):
         images, readable = stored["images"], stored["readable"]
     else:
         images, readable = decode(paths, size)
-        save_file(cache, "images", {"images": images, "readable": readable})
+        save_file(cache, "images", {"images": images, "readable": readable},
+                  advice="free some space, or start in a folder that you may write")
     paths = [paths[i] for i in readable]
     y, names = folder_labels(paths, data_dir)
     if split == "train":
@@ -422,9 +435,9 @@ def say_counts(data_dir, y, names):
     for factor, values, labels in zip(FACTORS, names, y.T):
         counts = labels.bincount(minlength=len(values)).tolist()
         say(f"{factor}: " + ", ".join(f"{name} {n}" for name, n in zip(values, counts)))
-    folders = {path.name for depth in range(len(names))
+    folders = {composed(path)[-1] for depth in range(len(names))
                for path in data_dir.glob("*" + "/*" * depth)
-               if path.is_dir() and not path.name.startswith(NOT_DATA)}
+               if os.path.isdir(path) and not path.name.startswith(NOT_DATA)}
     empty = sorted(folders.difference(*names))
     if empty:
         say(f"without a readable picture, so no class or style: {', '.join(empty)}")

@@ -409,7 +409,8 @@ def parse_args():
          "(default: the next value); for DiMUM also mix, image:PATH or noise")
     flag("--alt-size", type=number(int, 1), metavar="N",
          help="DiMUM memorises N images of each")
-    flag("--eval-every", nargs="+", type=number(int, 1), default=[], metavar="N",
+    flag("--eval-every", nargs="+", action="extend", type=number(int, 1), default=[],
+         metavar="N",
          help="measure every N steps, or at several")
     args = parser.parse_args()
     if args.method == "sfront":                        # as the paper writes it

@@ -379,6 +379,8 @@ def print_points(rows):
     print_table("While it unlearns: the steps are the last part of the name", "run | UA | FID",
                 lines)
 
+RATES = {"low": "small rate, 3e-4", "middle": "large rate, 1e-3"}
+
 # three panels a row: the hearts, which have no low budget, end the first one
 PANELS = [("cls square", "middle"), ("style sketch", "middle"), ("cls heart", "middle"),
           ("cls square", "low"), ("style sketch", "low")]
@@ -401,7 +403,7 @@ def draw_curves(groups):
             if runs:
                 panel[method] = mean_curve(runs)
         if panel:                                      # of a small plan some have none
-            panels[f"{target.split()[1]}, {budget} budget"] = panel
+            panels[f"{target.split()[1]}, {budget} budget ({RATES[budget]})"] = panel
     if panels:
         save_plot(CSV.parent / "curves.png", panels, "attack step", "AR in %", top=100)
 
