@@ -148,7 +148,8 @@ def sfron(model, data, optimizer, args):
         losses = data.pixels * diffusion_loss(model, *data.forget())
         counts = 1 / (losses.detach().sqrt() + 1e-8)
         strength = args.weight * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        forget = -strength * (counts / counts.sum() * losses).sum()
+        weighted = counts / counts.sum() * losses
+        forget = -strength * weighted.sum()
         descend(forget, model, optimizer, mask, mask_first=True)
         keep = data.pixels * diffusion_loss(model, *data.retain()).mean()
         yield descend(keep, model, optimizer) / data.pixels
@@ -227,7 +228,8 @@ def sa(model, data, optimizer, args, replayed=200, examples=50):
         x0, y = data.forget()
         noise = torch.rand_like(x0) * 2 - 1
         forget = diffusion_loss(model, noise, y, p_drop=0).mean()
-        keep = diffusion_loss(model, *get_batch(*replay, data.n, data.flip), p_drop=0).mean()
+        replayed_batch = get_batch(*replay, data.n, data.flip)
+        keep = diffusion_loss(model, *replayed_batch, p_drop=0).mean()
         moved = zip(fisher, model.parameters(), frozen.parameters())
         change = sum((f * (p - q).square()).sum() for f, p, q in moved)
         loss = data.pixels * (forget + keep) + args.weight * change
@@ -245,7 +247,8 @@ def fisher_diagonal(model, x0, y, times=10):
     total = [torch.zeros_like(p) for p in params]
     model.eval()
     for x, label in zip(x0, y):
-        x, label = x.expand(times, -1, -1, -1), label.expand(times, -1)
+        x = x.expand(times, -1, -1, -1)
+        label = label.expand(times, -1)
         t = torch.randperm(T, device=x.device)[:times]
         x_t, target = add_noise(model, x, t, torch.randn_like(x))
         loss = (model(x_t, t, label) - target).square().sum() * (T / times)
@@ -460,10 +463,11 @@ def main():
     write_losses(folder, losses, args.method)
     if args.eval_every:
         known = [point for point in curve if point["fid"] is not None]
-        fids = [point["step"] for point in known], [point["fid"] for point in known]
+        steps = [point["step"] for point in known]
+        fids = [point["fid"] for point in known]
         if known:
-            save_plot(folder / "fid.png", {"FID of retained conditions": {args.method: fids}},
-                      "step", "FID")
+            panel = {args.method: (steps, fids)}
+            save_plot(folder / "fid.png", {"FID of retained conditions": panel}, "step", "FID")
     say_next(folder, args, ["attack.py", folder.as_posix()])
 
 if __name__ == "__main__":
