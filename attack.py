@@ -30,10 +30,9 @@ import torch
 
 from fid import (draw_samples, fid_text, percent, prepare_evaluation, save_before_after,
                  train_and_measure)
-from model import (checkpoint_file, diffusion_loss, draw_grid, explain,
-                   find_pairs, load_checkpoint, matches, number, pairs_slug, pairs_text, plain, require,
-                   run, run_folder, sample, save_grid, save_plot, say, to_uint8,
-                   write_file, write_text)
+from model import (checkpoint_file, diffusion_loss, draw_grid, explain, find_pairs,
+                   load_checkpoint, matches, number, pairs_slug, pairs_text, plain, require, run,
+                   run_folder, sample, save_grid, save_plot, say, to_uint8, write_file, write_text)
 from train_ddpm import (UNREADABLE, descend, file_hash, find_images, get_batch, load_data,
                         load_run, read_image, save_result, say_next, set_defaults, stage_parser,
                         started_from, write_losses)
@@ -108,7 +107,7 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
     if aux == "generated":
         return generate(model, info, forgotten)
     if aux == "pretrained":
-        original = original_model(info, model.null.device)
+        original = original_model(info["made_by"], model.null.device)
         path = info["made_by"].get("from")
         require(path, "--aux pretrained: this model was not unlearned from another one")
         require(original, f"--aux pretrained: {path}, the model that was unlearned in, is gone or "
@@ -145,14 +144,16 @@ def generate(model, info, forgotten):
     y = y.repeat_interleave(math.ceil(500 / len(y)), 0)
     return to_uint8(sample(model, y, steps=20, seed=99, label="auxiliary images")), y
 
-def original_model(info, device):
-    """The model that was unlearned in first; None where its file is gone or has been replaced."""
+def original_model(made_by, device):
+    """The model that was unlearned in first, found by a checkpoint's made_by; None where its file
+    is gone or has been replaced."""
     model = None
-    while "from" in info["made_by"]:
-        path = Path(info["made_by"]["from"])
-        if not path.is_file() or file_hash(path) != info["made_by"].get("from_sha256"):
+    while "from" in made_by:
+        path = Path(made_by["from"])
+        if not path.is_file() or file_hash(path) != made_by.get("from_sha256"):
             return None
         model, info = load_checkpoint(path, device)
+        made_by = info["made_by"]
     return model
 
 def read_folder(folder, model, names, forgotten):
@@ -166,7 +167,7 @@ def read_folder(folder, model, names, forgotten):
              for part in path.parts}
     below = set()                                      # pictures that lie below such a name, too
     for place in Path(folder).rglob("*"):
-        if plain(place.name) in hidden and place.is_dir():
+        if plain(place.name) in hidden and os.path.isdir(place):
             below.update(path.resolve() for path in find_images(place, quiet=True))
     null = model.null.tolist()
     images, labels = [], []
@@ -343,7 +344,7 @@ def main():
     save_result(folder, model, info, args, **result)
     samples_of_targets = [x[:len(evaluation.forget)] for x in samples]
     columns = {}
-    original = original_model({"made_by": made_by}, model.null.device)
+    original = original_model(made_by, model.null.device)
     if original:
         x = draw_samples(original, evaluation.forget, args.sampler_steps, "before")
         columns["before"] = to_uint8(x)

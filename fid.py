@@ -584,7 +584,7 @@ def main():
     require(args.fake, "name two sources, such as: python fid.py test assets/shapes.pt")
     size = args.image_size
     for source in filter(is_model, (args.real, args.fake)):
-        size = load_checkpoint(source)[0].cfg.image_size
+        size = load_file(checkpoint_file(source), "unet")["config"]["image_size"]
     real = load_source(args.real, args, device, size)
     fake = load_source(args.fake, args, device, size)
     require(min(len(real.images), len(fake.images)) > 1, f"there are {len(real.images)} real and "

@@ -3882,26 +3882,26 @@ def test_auxiliary_set_pretrained_refuses_another_file_in_the_models_place(auxil
     assert "is gone or another one" in error
 
 def test_original_model_is_the_one_that_was_unlearned_in_first(auxiliary):
-    found = attack.original_model({"made_by": made_of("second.pt")}, CPU)
+    found = attack.original_model(made_of("second.pt"), CPU)
     assert torch.equal(all_weights(found), all_weights("first.pt"))
 
 def test_original_model_refuses_another_file_in_its_place(auxiliary):
     made_by = made_of("first.pt")
     another_model("first.pt")
-    assert attack.original_model({"made_by": made_by}, CPU) is None
+    assert attack.original_model(made_by, CPU) is None
 
 def test_original_model_refuses_another_file_further_back(auxiliary):
     another_model("first.pt")                          # second.pt was made of what was here
-    assert attack.original_model({"made_by": made_of("second.pt")}, CPU) is None
+    assert attack.original_model(made_of("second.pt"), CPU) is None
 
 def test_original_model_is_none_where_the_file_is_gone(auxiliary):
     made_by = made_of("second.pt")
     os.remove("first.pt")
-    assert attack.original_model({"made_by": made_by}, CPU) is None
+    assert attack.original_model(made_by, CPU) is None
 
 def test_original_model_trusts_no_file_whose_contents_were_not_kept(auxiliary):
     made_by = {"from": str(Path("first.pt").absolute())}       # of an earlier edition
-    assert attack.original_model({"made_by": made_by}, CPU) is None
+    assert attack.original_model(made_by, CPU) is None
 
 def test_auxiliary_set_refuses_data_of_nothing_but_the_forgotten(auxiliary, capsys):
     everything = [(0, 0), (0, 1), (0, 2), (0, 3)]

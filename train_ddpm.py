@@ -291,9 +291,10 @@ def find_images(folder, quiet=False):
     links = []                                         # come last: a folder's own path counts
     while folders or links:
         place = folders.pop() if folders else links.pop()
-        if place.resolve() in visited:
+        own = place.resolve()
+        if own in visited:
             continue
-        visited.add(place.resolve())
+        visited.add(own)
         try:
             entries = sorted(place.iterdir())
         except OSError:
@@ -332,6 +333,7 @@ def file_hash(path):
 
 @functools.cache
 def hash_of(path, size, changed):
+    """The hash for file_hash; size and changed are there to tell a changed file from a known one."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 # what Pillow raises for a file that is broken, no picture, or far too large
