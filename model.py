@@ -19,7 +19,7 @@ import sys
 import time
 import unicodedata
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -610,8 +610,9 @@ def say(*words, end="\n"):
     try:
         print(*words, end=end, flush=True)
     except OSError as e:
-        print(f"standard output is lost ({e}); the run goes on without it", file=sys.stderr)
         sys.stdout = open(os.devnull, "w")
+        with suppress(OSError):                        # "2>&1 | head" takes both
+            print(f"standard output is lost ({e}); the run goes on without it", file=sys.stderr)
 
 def run(main):
     """main() on the command line. What a user did, or can mend, ends without a traceback; a mistake

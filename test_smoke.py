@@ -1136,6 +1136,14 @@ def test_say_goes_on_when_nobody_reads_on(capfd):
     assert Path("saved").exists()
     assert capfd.readouterr().err.count("standard output is lost") == 1
 
+def test_say_goes_on_when_nobody_reads_the_errors_either(monkeypatch):
+    closed = Mock(write=Mock(side_effect=BrokenPipeError), errors="strict", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", closed)
+    monkeypatch.setattr(sys, "stderr", closed)
+    model.say("to nobody")
+    assert closed.write.call_count == 2                # the words, and that they are lost
+    model.say("still to nobody")
+
 def test_run_keeps_the_traceback_of_a_mistake_in_the_code():
     with pytest.raises(RuntimeError, match="modified"):
         model.run(Mock(side_effect=RuntimeError("memory was modified in place")))
