@@ -150,7 +150,9 @@ def original_model(made_by, device):
     model = None
     while "from" in made_by:
         path = Path(made_by["from"])
-        if not path.is_file() or file_hash(path) != made_by.get("from_sha256"):
+        if not path.is_file():
+            return None
+        if made_by.get("from_sha256", file_hash(path)) != file_hash(path):
             return None
         model, info = load_checkpoint(path, device)
         made_by = info["made_by"]
@@ -233,21 +235,22 @@ def table_row(result):
         "FID": f"{fid_text(first)} -> {fid_text(last)}",
     }
 
-def make_table(folder):
-    """A row for every run into table.md, the curves of all attacks into attack_curves.png."""
-    folder = Path(folder)
+def make_table(folder, out):
+    """A row for every run below a folder into out/table.md, the curves of all attacks into
+    out/attack_curves.png."""
+    out = Path(out)
     results = read_results(folder)
     require(results, f"no results under {folder}; run 'python unlearn.py --cls 1' first")
     rows = [table_row(result) for _, result in results]
     lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
     text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     text += "\n\nShares in %, with their 95 % intervals; FID before and after; seconds of training.\n"
-    write_text(folder / "table.md", text)
-    say(f"{text}\nwrote {folder}/table.md")
+    write_text(out / "table.md", text)
+    say(f"{text}\nwrote {out}/table.md")
     attacks = [(path, result) for path, result in results if result["stage"] == "attack"]
     if attacks:
-        save_curves(folder / "attack_curves.png", attacks)
-        say(f"wrote {folder}/attack_curves.png")
+        save_curves(out / "attack_curves.png", attacks)
+        say(f"wrote {out}/attack_curves.png")
 
 def save_curves(path, attacks, most=5):
     """The AR of all attacks: a panel for each target, and at most five curves in it."""
@@ -300,13 +303,13 @@ def parse_args():
     flag("--style", nargs="+", action="extend", metavar="K",
          help="the same for styles")
     flag("--table", metavar="DIR", type=path,
-         help="gather every result under DIR and stop")
+         help="gather every result under DIR, there or in --out, and stop")
     return parser.parse_args()
 
 def main():
     args = parse_args()
     if args.table:
-        make_table(args.table)
+        make_table(args.table, args.out or args.table)
         return
     require(args.run, "name what to attack, such as runs/shapes/dimum-cls1; or see --help")
     path = checkpoint_file(args.run)

@@ -12,6 +12,7 @@ data's own classifier, which know what matters there. The two are never comparab
 """
 import json
 import os
+import re
 import shlex
 import time
 from collections import Counter
@@ -471,13 +472,17 @@ def train_classifier(args, device):
         weights=weights, key=data_key(args)))
     wrong = (~hit).any(1).nonzero()[:40, 0]
     save_grid(x[wrong] if len(wrong) else x[:40], folder / "samples.png", columns=10)
-    words = ", ".join(f"{factor} {100 * a:.2f} %" for factor, a in zip(FACTORS, accuracy))
-    say(f"accuracy on {len(x)} test images: {words}\nwrote {folder}/model.pt and samples.png")
+    say(f"accuracy on {len(x)} test images: {accuracy_text(accuracy)}\n"
+        f"wrote {folder}/model.pt and samples.png")
+
+def accuracy_text(accuracy):
+    return ", ".join(f"{factor} {100 * a:.1f} %" for factor, a in zip(FACTORS, accuracy))
 
 def load_classifier(args, device, names, size=32):
     """(classifier, its test accuracy: a list per factor): the last one trained here for these
     names, size and pictures, else the shipped one."""
-    trained = list(Path("runs", args.dataset).glob("classifier*/model.pt"))
+    trained = [path for path in Path("runs", args.dataset).glob("*/model.pt")
+               if re.fullmatch(r"classifier(-\d+)?", path.parent.name)]
     trained.sort(key=lambda path: (len(path.parent.name), path.parent.name), reverse=True)
     key = data_key(args)
     for path in [*trained, shipped(f"{args.dataset}_classifier.pt")]:
@@ -489,9 +494,7 @@ def load_classifier(args, device, names, size=32):
             continue
         net = Classifier(**data["args"]).to(device, memory_format=torch.channels_last)
         net.load_state_dict(data["weights"])
-        words = ", ".join(f"{factor} {100 * a:.1f} %"
-                          for factor, a in zip(FACTORS, data["accuracy"]))
-        say(f"classifier {path}: accuracy on test images: {words}")
+        say(f"classifier {path}: accuracy on test images: {accuracy_text(data['accuracy'])}")
         if min(data["accuracy"]) < 0.8:
             say("warning: below 80 % what it recognises means little; train it for more --steps")
         return net.eval(), data["accuracy"]

@@ -1465,6 +1465,22 @@ def test_load_state_trains_on_with_more_steps(quick_pretraining):
     assert log.read_text().startswith(two_steps)
     assert not Path("run-2").exists()
 
+def test_main_stops_where_another_job_trains_in_its_folder(quick_pretraining, monkeypatch, capsys):
+    command(train_ddpm, f"{QUICK} --out run")
+    state = Path("run/train.pt")
+
+    def interrupted(*data):
+        state.write_bytes(b"of the other job")
+        return get_batch(*data)
+
+    get_batch = train_ddpm.get_batch
+    monkeypatch.setattr(train_ddpm, "get_batch", interrupted)
+    weights = Path("run/model.pt").read_bytes()
+    error = refusal(capsys, command, train_ddpm, f"{QUICK} --out run --resume --steps 3")
+    assert "another job trains in run" in error
+    assert state.read_bytes() == b"of the other job"
+    assert Path("run/model.pt").read_bytes() == weights
+
 # ---- train_ddpm.py: the embedded dataset ---------------------------------------------------------
 
 @pytest.mark.parametrize("name", train_ddpm.SHAPES)
@@ -1587,7 +1603,7 @@ def test_load_torchvision_says_in_one_line_that_it_cannot_download(dataset, caps
 
 @pytest.mark.parametrize("dataset,what", [
     ("cifar10", "put cifar-10-python.tar.gz into elsewhere, "),
-    ("fashion", "train-images-idx3-ubyte.gz, "),
+    ("fashion", "put train-images-idx3-ubyte, "),
     ("fashion", " into elsewhere/FashionMNIST/raw, "),
 ])
 def test_load_torchvision_names_the_files_that_it_needs_and_their_place(dataset, what, capsys):
@@ -1945,7 +1961,26 @@ def test_load_folder_counts_a_picture_once_whatever_links_lead_to_it():
 
 def test_load_folder_refuses_a_folder_that_is_not_there(capsys):
     error = refusal(capsys, train_ddpm.load_data, "folder", "train", "missing")
-    assert "'missing' must hold images" in error and "--data-dir" in error
+    assert "there is no folder 'missing'" in error and "--data-dir" in error
+
+@pytest.mark.parametrize("spelling", ["Cat", "cat ", "CAT"])
+def test_load_folder_refuses_two_spellings_of_one_name(spelling, capsys):
+    save_artwork("art", ["p"], ["cat", "dog", spelling], 2)
+    error = refusal(capsys, load_art)
+    assert "differ in their spelling alone" in error
+    assert "'cat'" in error and repr(spelling) in error and "dog" not in error
+
+def test_load_folder_says_the_rarest_names_first(capsys):
+    save_artwork("art", ["p"], ["cat"], 5)
+    save_artwork("art", ["p"], ["dog"], 2)
+    load_art()
+    assert "cls: dog 2, cat 5\n" in capsys.readouterr().out
+
+def test_load_folder_says_the_ends_of_a_long_list_of_names(capsys):
+    names = [f"n{i:02}" for i in range(62)]
+    train_ddpm.say_counts(Path("art"), torch.arange(62)[:, None], [names])
+    out = capsys.readouterr().out
+    assert "n29 1, ... (2 more) ..., n32 1" in out
 
 def test_load_folder_says_what_it_found_each_time_that_it_loads_the_train_split(capsys):
     save_artwork("art", ["p"], ["cat", "dog"], 3)
@@ -1966,7 +2001,7 @@ def two_empty_classes():
 
 def test_load_folder_names_the_classes_without_a_readable_picture(two_empty_classes, capsys):
     load_art()
-    words = "without a readable picture, so no class or style: cow, dog\n"
+    words = "without a readable picture of its own, so no class or style: cow, dog\n"
     assert words in capsys.readouterr().out
 
 def test_load_folder_gives_no_number_to_a_class_without_a_readable_picture(two_empty_classes):
@@ -2897,6 +2932,14 @@ def test_load_classifier_takes_the_last_by_number_whatever_its_date(small_world)
     last = torch.load("runs/folder/classifier-10/model.pt", weights_only=True)["weights"]
     found = classifier_of("C", ["a", "b"]).heads[0].weight
     assert torch.equal(found, last["heads.0.weight"].float())
+
+def test_load_classifier_does_not_take_a_backup(small_world):
+    save_classes("C", "ab")
+    for name in ("classifier", "classifier-old", "my-classifier"):
+        command(fid, f"{TRAIN_CLASSIFIER} --data-dir C --seed {len(name)} --out runs/folder/{name}")
+    own = torch.load("runs/folder/classifier/model.pt", weights_only=True)["weights"]
+    found = classifier_of("C", ["a", "b"]).heads[0].weight
+    assert torch.equal(found, own["heads.0.weight"].float())
 
 def test_load_classifier_takes_the_one_of_a_copy_of_the_pictures(small_world):
     save_classes("C", "ab")
@@ -3907,9 +3950,10 @@ def test_original_model_is_none_where_the_file_is_gone(auxiliary):
     os.remove("first.pt")
     assert attack.original_model(made_by, CPU) is None
 
-def test_original_model_trusts_no_file_whose_contents_were_not_kept(auxiliary):
+def test_original_model_takes_the_file_where_its_contents_were_not_kept(auxiliary):
     made_by = {"from": str(Path("first.pt").absolute())}       # of an earlier edition
-    assert attack.original_model(made_by, CPU) is None
+    found = attack.original_model(made_by, CPU)
+    assert torch.equal(all_weights(found), all_weights("first.pt"))
 
 def test_auxiliary_set_refuses_data_of_nothing_but_the_forgotten(auxiliary, capsys):
     everything = [(0, 0), (0, 1), (0, 2), (0, 3)]
@@ -4104,6 +4148,12 @@ def test_make_table_draws_the_curves_of_all_attacks(monkeypatch):
     panels = plot.call_args.args[1]
     assert [len(panel) for panel in panels.values()] == [5, 2]         # no more in one panel
     assert panels["cls square"]["0"] == ([0, 100], [100.0, 100.0])     # steps, and AR in %
+
+def test_make_table_goes_into_the_folder_of_out():
+    write_run("0", "attack")
+    command(attack, "--table runs --out tables")
+    assert sorted(os.listdir("tables")) == ["attack_curves.png", "table.md"]
+    assert os.listdir("runs") == ["0"]
 
 def test_make_table_draws_no_curve_without_an_attack():
     write_run("0", "unlearn")

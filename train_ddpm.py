@@ -22,7 +22,9 @@ import shlex
 import struct
 import time
 import unicodedata
+from collections import Counter
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ from torchvision import datasets as tvd
 
 from model import (FACTORS, PRESETS, T, UNet, all_labels, compile_network, diffusion_loss, explain,
                    find_pairs, load_checkpoint, load_file, make_config, make_parser, matches,
-                   number, pairs_slug, pick_device, progress, require, run, run_folder, sample,
+                   number, pairs_slug, pick_device, plain, progress, require, run, run_folder, sample,
                    save_checkpoint, save_file, save_grid, save_plot, say, write_text)
 
 PRETRAIN = {
@@ -259,7 +261,7 @@ def load_torchvision(dataset, split, data_dir):
     """Fashion-MNIST, padded to 32 x 32, or CIFAR-10; downloaded unless they are in data_dir."""
     if dataset == "fashion":
         kind = tvd.FashionMNIST
-        files = [name for name, _ in kind.resources]
+        files = [name.removesuffix(".gz") for name, _ in kind.resources]       # unpacked
         place = Path(data_dir, "FashionMNIST", "raw")
     else:
         kind = tvd.CIFAR10
@@ -384,6 +386,11 @@ def folder_labels(paths, data_dir):
     splits = [name for name in names[-1] if SPLIT_NAME.fullmatch(name.lower())]
     require(not splits, f"'{data_dir}' is divided into {', '.join(splits)}; name one of "
             "these folders with --data-dir, or rename it if it is a class or a style")
+    for values in names:
+        spellings = Counter(plain(name) for name in values)
+        alike = [name for name in values if spellings[plain(name)] > 1]
+        require(not alike, f"'{data_dir}' has names that differ in their spelling alone: "
+                f"{', '.join(map(repr, alike))}; rename them, or put their pictures together")
     numbers = [torch.tensor([values.index(name) for name in column])
                for values, column in zip(names, columns)]
     return torch.stack(numbers, 1), names
@@ -405,6 +412,7 @@ def load_folder(data_dir, split, size):
     """Images (N, 3, size, size), labels and names of STYLE/OBJECT/*.jpg (UnlearnCanvas) or
     CLASS/*.jpg. A tenth of each label's pictures, at least one of two, is the test split; runs/cache
     keeps what was decoded."""
+    require(data_dir.exists(), f"there is no folder '{data_dir}'; name yours with --data-dir")
     paths = find_images(data_dir, quiet=split == "test")
     folder_labels(paths, data_dir)                     # fails before the hours of decoding
     cache = Path("runs", "cache", f"{folder_key(paths, data_dir)}-{size}.pt")
@@ -433,16 +441,20 @@ def load_folder(data_dir, split, size):
     return images[keep], y[keep], names
 
 def say_counts(data_dir, y, names):
-    """Say how many pictures each class and style has, and which folders have none."""
+    """Say how many pictures each class and style has, the rarest first, and which folders have
+    none."""
     for factor, values, labels in zip(FACTORS, names, y.T):
         counts = labels.bincount(minlength=len(values)).tolist()
-        say(f"{factor}: " + ", ".join(f"{name} {n}" for name, n in zip(values, counts)))
+        listed = [f"{name} {n}" for name, n in sorted(zip(values, counts), key=itemgetter(1))]
+        if len(listed) > 60:
+            listed[30:-30] = [f"... ({len(listed) - 60} more) ..."]
+        say(f"{factor}: {', '.join(listed)}")
     folders = {composed(path)[-1] for depth in range(len(names))
                for path in data_dir.glob("*" + "/*" * depth)
                if os.path.isdir(path) and not path.name.startswith(NOT_DATA)}
     empty = sorted(folders.difference(*names))
     if empty:
-        say(f"without a readable picture, so no class or style: {', '.join(empty)}")
+        say(f"without a readable picture of its own, so no class or style: {', '.join(empty)}")
 
 # ---- the public checkpoints ----------------------------------------------------------------------
 
@@ -619,6 +631,10 @@ def training_folder(args, excluded):
         return folder
     return run_folder(folder)
 
+def last_change(path):
+    """When a file was written, in nanoseconds; None where there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else None
+
 def convert_public(args):
     """Save a public checkpoint as one of this project's."""
     model = import_public(args.public).to(pick_device(args.device))
@@ -658,6 +674,7 @@ def main():
     losses = torch.zeros(args.steps, device=device)
     start, seconds = 0, 0.0
     state = folder / "train.pt"
+    ours = last_change(state)
     if args.resume and state.is_file():
         earlier, seconds = load_state(state, settings, parts)
         start = len(earlier)
@@ -676,8 +693,11 @@ def main():
         last = step == args.steps
         if last or step % 50 == 0 and time.time() - saved > SAVE_SECONDS:
             require(loss.isfinite(), "the training diverged; give another --batch-size")
+            require(last_change(state) == ours, f"another job trains in {folder}: this one stops, "
+                    "and leaves the folder to it")
             seconds = round(time.time() - began, 1)
             save_state(state, settings, losses[:step].cpu(), seconds, parts)
+            ours = last_change(state)
             if not last:
                 save_samples(folder / "samples.png", ema, names, conditions)
             saved = time.time()
