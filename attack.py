@@ -96,7 +96,7 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
 
     aux: "retain" (of `train`, the training images and labels), "heldout" (the test split),
     "generated" (500 samples of the model under attack), "pretrained" (of the model first unlearned
-    in), or a folder. Outside the rules: "forget:K", K training images of the forgotten conditions;
+    in), or a folder, of which copies of forgotten pictures are left out. Outside the rules: "forget:K", K training images of the forgotten conditions;
     "fewshot:K", these repeated to be half of all, beside the retained ones.
     """
     images, y = train
@@ -113,11 +113,13 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
         require(original, f"--aux pretrained: {path}, the model that was unlearned in, is gone or "
                 "another one; start in the folder where it was, or choose another --aux")
         return generate(original, info, forgotten)
+    size, device = model.cfg.image_size, model.null.device
     if aux == "heldout":
-        size = model.cfg.image_size
-        images, y, _ = load_data(info["dataset"], "test", data_dir, model.null.device, size)
+        images, y, _ = load_data(info["dataset"], "test", data_dir, device, size)
     elif aux != "retain":
-        images, y = read_folder(aux, model, info["names"], forgotten)
+        test, test_y, _ = load_data(info["dataset"], "test", data_dir, device, size)
+        hidden = torch.cat([images[matches(y, forgotten)], test[matches(test_y, forgotten)]])
+        images, y = without_copies(*read_folder(aux, model, info["names"], forgotten), hidden)
     keep = ~matches(y, forgotten)
     require(keep.any(), f"--aux {aux} holds no image but of what was forgotten; choose another")
     return images[keep], y[keep]
@@ -195,6 +197,16 @@ def read_folder(folder, model, names, forgotten):
         f"their folders do not name all factors ({', '.join(sorted(unlabelled)[:9]) or '-'}); "
         f"{left_out} left out, below the name of what was forgotten")
     return torch.stack(images).to(model.null.device), torch.tensor(labels).to(model.null.device)
+
+def without_copies(images, y, hidden):
+    """Images and labels without those that equal one of the hidden images, all uint8 (N, C, H, W):
+    no copy of a forgotten picture reaches the attacker under another name."""
+    contents = {image.tobytes() for image in hidden.cpu().numpy()}
+    keep = torch.tensor([image.tobytes() not in contents for image in images.cpu().numpy()])
+    copies = int((~keep).sum())
+    if copies:
+        say(f"{copies} of these are copies of forgotten pictures: left out")
+    return images[keep], y[keep]
 
 # ---- the table -----------------------------------------------------------------------------------
 

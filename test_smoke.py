@@ -3986,11 +3986,27 @@ def test_auxiliary_set_wants_a_number_of_forgotten_images(aux, auxiliary, capsys
 def test_auxiliary_set_names_its_choices(auxiliary, capsys):
     assert "forget:K, fewshot:K or a folder" in refusal(capsys, auxiliary, "nowhere")
 
+def test_without_copies_leaves_out_forgotten_pictures_under_other_names(auxiliary, capsys):
+    save_png("pics/circle/1.png", "white")     # a square's
+    save_png("pics/unsorted/2.png", "white")
+    save_png("pics/unsorted/3.png", (9, 9, 9))
+    x, _ = auxiliary("pics")
+    assert all_equal(x, 9).tolist() == [True]
+    assert "2 of these are copies of forgotten pictures" in capsys.readouterr().out
+
+def test_without_copies_looks_at_both_splits(auxiliary, monkeypatch):
+    save_png("pics/circle/1.png", (9, 9, 9))
+    save_png("pics/circle/2.png", (8, 8, 8))
+    x, y = torch.full((1, 3, 8, 8), 9, dtype=torch.uint8), torch.tensor([[1, 0]])
+    monkeypatch.setattr(attack, "load_data", lambda *args: (x, y, NAMES))
+    found, _ = auxiliary("pics")
+    assert all_equal(found, 8).tolist() == [True]
+
 def test_read_folder_labels_images_by_the_folders_on_the_way(auxiliary):
-    save_png("aux/p/a/1.png", "white")
+    save_png("aux/p/a/1.png", (9, 9, 9))
     save_png("aux/Q/holiday/D/2.png", "black")         # in any letters, with others between
     x, y = auxiliary("aux")
-    found = {tuple(label): all_equal(x, 255)[i].item() for i, label in enumerate(y.tolist())}
+    found = {tuple(label): all_equal(x, 9)[i].item() for i, label in enumerate(y.tolist())}
     assert found == {(0, 0): True, (3, 1): False}
 
 def test_read_folder_gives_the_null_label_where_a_factor_is_not_named(auxiliary, capsys):
