@@ -24,7 +24,6 @@ import time
 import unicodedata
 from collections import Counter
 from itertools import product
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -441,13 +440,12 @@ def load_folder(data_dir, split, size):
     return images[keep], y[keep], names
 
 def say_counts(data_dir, y, names):
-    """Say how many pictures each class and style has, the rarest first, and which folders have
-    none."""
+    """Say how many pictures each class and style has, and which folders have none."""
     for factor, values, labels in zip(FACTORS, names, y.T):
         counts = labels.bincount(minlength=len(values)).tolist()
-        listed = [f"{name} {n}" for name, n in sorted(zip(values, counts), key=itemgetter(1))]
+        listed = [f"{name} {n}" for name, n in zip(values, counts)]
         if len(listed) > 60:
-            listed[30:-30] = [f"... ({len(listed) - 60} more) ..."]
+            listed[60:] = [f"and {len(listed) - 60} more, of {min(counts)} to {max(counts)} each"]
         say(f"{factor}: {', '.join(listed)}")
     folders = {composed(path)[-1] for depth in range(len(names))
                for path in data_dir.glob("*" + "/*" * depth)
