@@ -472,8 +472,18 @@ def train_classifier(args, device):
         weights=weights, key=data_key(args)))
     wrong = (~hit).any(1).nonzero()[:40, 0]
     save_grid(x[wrong] if len(wrong) else x[:40], folder / "samples.png", columns=10)
+    say_hardest(hit, labels, names)
     say(f"accuracy on {len(x)} test images: {accuracy_text(accuracy)}\n"
         f"wrote {folder}/model.pt and samples.png")
+
+def say_hardest(hit, y, names, most=12):
+    """Say how often the values of each factor are recognised, the hardest first. hit, y: bool and
+    label (N, F) of test images."""
+    for i, values in enumerate(names):
+        shares = [(hit[y[:, i] == v, i].double().mean().item(), name)
+                  for v, name in enumerate(values) if (y[:, i] == v).any()]
+        listed = [f"{name} {100 * share:.1f} %" for share, name in sorted(shares)[:most]]
+        say(f"{FACTORS[i]} recognised, the hardest first: {', '.join(listed)}")
 
 def accuracy_text(accuracy):
     return ", ".join(f"{factor} {100 * a:.1f} %" for factor, a in zip(FACTORS, accuracy))

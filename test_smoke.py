@@ -2259,7 +2259,15 @@ def test_save_result_saves_the_model_and_how_it_was_made():
     assert result_of("run") == expected
     assert torch.equal(all_weights("run"), all_weights(tiny_network()))
 
-def test_say_next_names_the_files_and_a_command_that_can_be_pasted(capsys):
+@pytest.mark.parametrize("folder", ["", "/home/code/", "../"])
+def test_say_next_names_a_script_as_the_running_one_was_called(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{folder}unlearn.py", "--cls", "1"])
+    touch("run/model.pt")
+    train_ddpm.say_next(Path("run"), SimpleNamespace(data_dir="data"), ["attack.py", "run"])
+    assert f"next: python {folder}attack.py run\n" in capsys.readouterr().out
+
+def test_say_next_names_the_files_and_a_command_that_can_be_pasted(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["unlearn.py"])
     touch("run/model.pt", "run/.hidden", "run/log.csv")
     args = SimpleNamespace(data_dir="my art")
     train_ddpm.say_next(Path("run"), args, ["attack.py", "my run"])
@@ -2916,6 +2924,13 @@ def classifier_of(folder, names):
     args = SimpleNamespace(dataset="folder", data_dir=folder)
     classifier, _ = fid.load_classifier(args, CPU, [names], size=32)
     return classifier
+
+def test_say_hardest_says_the_share_of_each_value_that_has_images(capsys):
+    y = torch.tensor([[0], [0], [2], [2], [2], [2]])
+    hit = torch.tensor([[True], [True], [True], [False], [False], [False]])
+    fid.say_hardest(hit, y, [["easy", "absent", "hard"]])
+    expected = "cls recognised, the hardest first: hard 25.0 %, easy 100.0 %\n"
+    assert capsys.readouterr().out == expected
 
 def test_load_classifier_takes_the_last_by_number_whatever_its_date(small_world):
     save_classes("C", "ab")

@@ -20,6 +20,7 @@ import pickle
 import re
 import shlex
 import struct
+import sys
 import time
 import unicodedata
 from collections import Counter
@@ -589,6 +590,8 @@ def save_result(folder, model, info, args, **result):
 def say_next(folder, args, command):
     """Say what a stage wrote, and what to run next."""
     written = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    script = Path(sys.argv[0]).with_name(command[0])   # as the one that runs was called
+    command = [script.as_posix(), *command[1:]]
     if args.data_dir != "data":
         command = [*command, "--data-dir", Path(args.data_dir).as_posix()]
     say(f"wrote {', '.join(written)} into {folder}\nnext: python {shlex.join(command)}")
