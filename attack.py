@@ -241,6 +241,7 @@ def table_row(result):
         "seconds": f"{result['seconds']:.0f}",
         "UA": "" if attacked else percent(last, "ua"),
         "AR": percent(last, "ar") if attacked else "",
+        "leak": percent(last, "leak"),
         "class": percent(last, "cls"),
         "style": percent(last, "style"),
         "none": percent(last, "none"),

@@ -47,6 +47,7 @@ class Evaluation:
     retain: torch.Tensor       # labels (M, F) of samples of the retained conditions
     classifier: nn.Module
     reference: tuple           # moments of real images of the retained conditions; None without
+    unlabelled: int            # number of samples without a label
     sampler_steps: int
     protocol: dict             # what the numbers rest on, for result.json
 
@@ -63,6 +64,7 @@ def prepare_evaluation(info, images, y, targets, forgotten, args):
         reference = moments(classifier_features(classifier, real), equal_weights(real_y))
     forget, retain = conditions(conditions_of(y), targets, forgotten, args.samples)
     require(len(forget), f"the data have no picture of {pairs_text(targets, names)} alone")
+    unlabelled = min(100, args.samples)
     machine = f"{torch.get_num_threads()} threads of a {device.type}"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
@@ -71,6 +73,7 @@ def prepare_evaluation(info, images, y, targets, forgotten, args):
         "dataset": info["dataset"],
         "classes": [len(n) for n in names],
         "samples": args.samples,
+        "unlabelled_samples": unlabelled,
         "sampler": "ddim",
         "sampler_steps": args.sampler_steps,
         "guidance": 2.0,
@@ -82,8 +85,8 @@ def prepare_evaluation(info, images, y, targets, forgotten, args):
         "classifier_test_accuracy": accuracy,
         "machine": f"{machine}, {precision}",
     }
-    return Evaluation(names, targets, forget, retain, classifier, reference, args.sampler_steps,
-                      protocol)
+    return Evaluation(names, targets, forget, retain, classifier, reference, unlabelled,
+                      args.sampler_steps, protocol)
 
 def conditions(labels, targets, forgotten, samples):
     """Which of the conditions (K, F) that the data have are drawn: labels (N, F) with a target and
@@ -115,10 +118,11 @@ def equal_weights(y):
     _, label, counts = torch.unique(y, dim=0, return_inverse=True, return_counts=True)
     return (1 / counts[label]).cpu().numpy()
 
-def draw_samples(model, y, sampler_steps, step):
+def draw_samples(model, y, sampler_steps, step, guidance=2.0):
     """Samples (N, C, H, W) in [-1, 1] for labels y (N, F), on the CPU, from the noise that every
     evaluation starts from; `step` is for the progress line."""
-    x = sample(model, y, sampler_steps, seed=NOISE_SEED, label=f"step {step}").cpu()
+    x = sample(model, y, sampler_steps, guidance=guidance, seed=NOISE_SEED,
+               label=f"step {step}").cpu()
     require(x.isfinite().all(), "the model diverged: its samples are not finite; lower --lr")
     return x
 
@@ -156,6 +160,14 @@ def score(images, y, evaluation):
         result["fid_error"] = fid_error(evaluation.reference, features)
     return result
 
+def leak(model, evaluation, step):
+    """{"leak": the share of samples drawn without a label (the null label, guidance 0) in which a
+    target is recognised, and the ends of its interval}: UA asks for the forgotten label alone."""
+    y = model.null.cpu().expand(evaluation.unlabelled, -1)
+    x = draw_samples(model, y, evaluation.sampler_steps, step, guidance=0)
+    seen = predict(evaluation.classifier, x)
+    return share("leak", matches(seen, evaluation.targets))
+
 def share(name, hits):
     """{name: the share of a bool tensor that is True, name_low, name_high: the ends of its 95 %
     Wilson interval}; Nones if it is empty."""
@@ -178,9 +190,9 @@ def fid_text(metrics):
     return f"{metrics['fid']:.1f} +- {metrics['fid_error']:.1f}"
 
 def score_text(metrics, headline):
-    """One line: UA or AR, as `headline` says, "none" above 5 %, and what was retained."""
+    """One line: UA or AR, as `headline` says, leak, what was retained, and "none" above 5 %."""
     parts = [f"{headline.upper()} {percent(metrics, headline)} %"]
-    for name, title in (("cls", "class"), ("style", "style")):
+    for name, title in (("leak", "leak"), ("cls", "class"), ("style", "style")):
         if metrics.get(name) is not None:
             parts.append(f"{title} {percent(metrics, name)} %")
     if metrics["none"] is not None and metrics["none"] > 0.05:
@@ -190,13 +202,15 @@ def score_text(metrics, headline):
     return "   ".join(parts)
 
 def measure(model, evaluation, step, headline, retained=True):
-    """Draw, score and print one point of a run; without the retained conditions it is three times
-    as fast. Returns (metrics, samples uint8 (N, C, H, W), those with a target first)."""
+    """Draw, score and print one point of a run; without the retained conditions and leak it is four
+    times as fast. Returns (metrics, samples uint8 (N, C, H, W), those with a target first)."""
     y = evaluation.forget
     if retained:
         y = torch.cat([y, evaluation.retain])
     x = draw_samples(model, y, evaluation.sampler_steps, step)
     metrics = {"step": step, **score(x, y, evaluation)}
+    if retained:
+        metrics.update(leak(model, evaluation, step))
     say(f"step {step:>5}: {score_text(metrics, headline)}")
     return metrics, to_uint8(x)
 
@@ -221,9 +235,10 @@ def train_and_measure(model, training, evaluation, every, args, headline, retain
     measured.append(measure(model, evaluation, args.steps, headline))
     curve = [metrics for metrics, _ in measured]
     samples = [x for _, x in measured]
-    say(f"({len(evaluation.forget)} + {len(evaluation.retain)} samples, {args.sampler_steps} DDIM "
-        f"steps, guidance 2, seed {args.seed}; 95 % intervals; FID on classifier features, with "
-        f"its standard error; {seconds:.0f} s of training)")
+    say(f"({len(evaluation.forget)} + {len(evaluation.retain)} samples, and {evaluation.unlabelled} "
+        f"without a label for leak, {args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}; 95 "
+        f"% intervals; FID on classifier features, with its standard error; {seconds:.0f} s of "
+        "training)")
     return curve, samples, losses, seconds
 
 def save_before_after(path, evaluation, pairs, before, after):
@@ -310,7 +325,7 @@ def inception(device):
 
 CLASSIFIERS = {                 # (width, training steps)
     "shapes": (24, 3000),
-    "fashion": (32, 1500),
+    "fashion": (26, 10000),
     "cifar10": (64, 8000),
 }
 
@@ -460,7 +475,7 @@ def train_classifier(args, device):
     net = net.to(device, memory_format=torch.channels_last)
     say(f"classifier of {args.dataset}: {len(images)} images, {args.steps} steps, batch "
         f"{args.batch_size}, into {folder}")
-    flip = args.dataset == "cifar10"
+    flip = args.dataset in ("cifar10", "fashion")      # mirrored, they show the same
     training = classifier_steps(net, images, y, args.steps, args.batch_size, flip=flip)
     for _ in progress(training, "classifier", args.steps, losses=True):
         pass

@@ -3,6 +3,7 @@
     python model.py assets/shapes.pt                                    # every class in every style
     python model.py assets/shapes.pt --cls square --style neon --n 16   # one condition
     python model.py runs/shapes/dimum-cls1 --sampler ddpm               # all 1,000 ancestral steps
+    python model.py assets/shapes.pt --unlabelled --n 100               # asked for nothing
     python model.py assets/shapes.pt --n 20 --png samples               # files, for any FID tool
 
 Symbols are those of DDPM (Ho et al. 2006.11239): x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps with a_t =
@@ -697,8 +698,10 @@ def main():
          help="classes, by name or number; default all")
     flag("--style", nargs="+", action="extend", metavar="K",
          help="styles, likewise")
+    flag("--unlabelled", action="store_true",
+         help="ask for nothing: the null label, no guidance")
     flag("--n", type=number(int, 1), default=1,
-         help="images of each class in each style (1)")
+         help="images of each class in each style, or without a label (1)")
     flag("--sampler", choices=("ddim", "ddpm"), default="ddim",
          help="50 steps (default) or all")
     flag("--seed", type=number(int, 0, 2 ** 31), default=0,
@@ -719,12 +722,20 @@ def main():
         if values:
             y = y[matches(y, values)]
     require(len(y), f"the data of this model have no {pairs_text(chosen, names)} together")
-    folder = run_folder(args.out or Path("runs", info["dataset"], "samples"))
-    images = sample(model, y, sampler=args.sampler, seed=args.seed, label="samples")
-    save_grid(images, folder / "samples.png", columns=min(len(y), max(args.n, 10)))
     first = pairs_text(enumerate(y[0].tolist()), names)
     last = pairs_text(enumerate(y[-1].tolist()), names)
-    say(f"wrote {folder}/samples.png: {len(y)} images, {first} to {last}, row by row")
+    shown = f"{first} to {last}, row by row"
+    guidance = 2.0
+    if args.unlabelled:
+        require(not chosen, "--unlabelled asks for nothing: leave --cls and --style out")
+        y = model.null.expand(args.n, -1)
+        shown = "without a label"
+        guidance = 0
+    folder = run_folder(args.out or Path("runs", info["dataset"], "samples"))
+    images = sample(model, y, sampler=args.sampler, guidance=guidance, seed=args.seed,
+                    label="samples")
+    save_grid(images, folder / "samples.png", columns=min(len(y), max(args.n, 10)))
+    say(f"wrote {folder}/samples.png: {len(y)} images, {shown}")
     if args.png:
         files = run_folder(args.png, "--png")
         for i, picture in enumerate(to_pictures(images)):

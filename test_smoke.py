@@ -1283,6 +1283,19 @@ def test_main_of_model_draws_with_the_sampler_that_is_asked_for(small_world, mon
     assert draw.call_args.kwargs["sampler"] == "ddpm"
     assert draw.call_args.kwargs["seed"] == 4
 
+def test_main_of_model_draws_without_a_label(small_world, monkeypatch, capsys):
+    draw = Mock(return_value=torch.zeros(7, 3, 32, 32))
+    monkeypatch.setattr(model, "sample", draw)
+    command(model, "tiny.pt --unlabelled --n 7")
+    _, y = draw.call_args.args
+    assert y.tolist() == [[10, 5]] * 7
+    assert draw.call_args.kwargs["guidance"] == 0
+    assert "7 images, without a label" in capsys.readouterr().out
+
+def test_main_of_model_draws_no_class_without_a_label(small_world, capsys):
+    error = refusal(capsys, command, model, "tiny.pt --unlabelled --cls 1")
+    assert "leave --cls and --style out" in error
+
 @needs_full_disk
 def test_main_of_model_writes_its_files_when_standard_output_is_full(small_world):
     script = [sys.executable, model.__file__, *"tiny.pt --cls 1 --style 1 --out pictures".split()]
@@ -2283,7 +2296,7 @@ def defaults(line, monkeypatch):
 
 @pytest.mark.parametrize("line,dataset,preset,steps", [
     ("", "shapes", "small", 16000),
-    ("--dataset fashion", "fashion", "small", 3000),
+    ("--dataset fashion", "fashion", "small", 10000),
     ("--dataset fashion --preset paper", "fashion", "paper", 800000),
     ("--dataset cifar10", "cifar10", "paper", 800000),
     ("--import x.pth", "cifar10", "paper", 800000),
@@ -2411,7 +2424,7 @@ def make_evaluation(targets, **changes):
     forget = labels[model.matches(labels, targets)].repeat_interleave(2, 0)
     retain = labels[~model.matches(labels, targets)]
     parts = dict(names=NAMES, targets=targets, forget=forget, retain=retain, classifier=None,
-                 reference=None, sampler_steps=1, protocol={})
+                 reference=None, unlabelled=3, sampler_steps=1, protocol={})
     return fid.Evaluation(**{**parts, **changes})
 
 def test_conditions_forgets_the_targets_and_nothing_else_that_is_forgotten():
@@ -2645,7 +2658,43 @@ def measured_labels(monkeypatch):
         return metrics_of(ua=0.0)
 
     monkeypatch.setattr(fid, "score", score_none)
+    seen = torch.tensor([[1, 0]] + [[0, 0]] * 3)
+    monkeypatch.setattr(fid, "predict", lambda classifier, images: seen)
     return asked
+
+@pytest.fixture
+def unlabelled(monkeypatch):
+    """leak() of a model whose four samples are a square, another class in style 2, a square in style
+    2 and nothing of these; `unlabelled.draws` are the calls of sample()."""
+    seen = torch.tensor([[1, 0], [0, 2], [1, 2], [0, 0]])
+    draws = Mock(return_value=torch.zeros(4, 3, 8, 8))
+    monkeypatch.setattr(fid, "sample", draws)
+    monkeypatch.setattr(fid, "predict", lambda classifier, images: seen)
+
+    def leak(targets):
+        return fid.leak(tiny_network(), make_evaluation(targets, unlabelled=4), 0)
+
+    leak.draws = draws
+    return leak
+
+@pytest.mark.parametrize("targets,share", [(SQUARE, 0.5), (BOTH, 0.75), ([(0, 3)], 0.0)])
+def test_leak_is_the_share_in_which_a_forgotten_value_is_seen(targets, share, unlabelled):
+    assert unlabelled(targets)["leak"] == share
+
+def test_leak_asks_for_nothing(unlabelled):
+    unlabelled(SQUARE)
+    network, y = unlabelled.draws.call_args.args[:2]
+    assert y.tolist() == [network.null.tolist()] * 4
+    assert unlabelled.draws.call_args.kwargs["guidance"] == 0
+    assert unlabelled.draws.call_args.kwargs["seed"] == fid.NOISE_SEED
+
+@pytest.mark.parametrize("retained", [True, False])
+def test_measure_counts_the_leak_beside_the_retained_conditions(
+        retained, measured_labels, capsys):
+    evaluation = make_evaluation(SQUARE)
+    metrics, _ = fid.measure(tiny_network(), evaluation, 5, "ua", retained)
+    assert ("leak" in metrics) == retained
+    assert ("leak 25.0 [5, 70] %" in capsys.readouterr().out) == retained
 
 def test_measure_draws_the_forgotten_conditions_first(measured_labels):
     evaluation = make_evaluation(SQUARE)
@@ -3651,6 +3700,50 @@ def test_methods_move_the_weights_and_repeat_from_a_seed(name, short_masks):
     assert torch.equal(*ends)
     assert not torch.equal(ends[0], all_weights(tiny_network()))
 
+LABEL_PATH = "label_embs label_mlps emb".split()
+
+def in_label_path(name):
+    """Whether a parameter belongs to the path of the label."""
+    return any(part in LABEL_PATH for part in name.split("."))
+
+@pytest.mark.parametrize("part", ["label", "unet"])
+@pytest.mark.parametrize("name", [n for n in unlearn.METHODS if n not in ("esd", "swap")])
+def test_methods_move_nothing_but_what_may_learn(name, part, short_masks):
+    network = tiny_network()
+    unlearn.choose_learning(network, part)
+    options = dict(replayed=9, examples=2) if name == "sa" else {}
+    take_steps(unlearn.METHODS[name]["function"], network, make_data(), 0.1, steps=2, **options)
+    before = dict(tiny_network().named_parameters())
+    moved = {p for p, value in network.named_parameters() if not torch.equal(value, before[p])}
+    assert moved
+    assert all(in_label_path(p) == (part == "label") for p in moved)
+
+def test_choose_learning_of_all_lets_everything_learn():
+    network = tiny_network()
+    unlearn.choose_learning(network, "unet")
+    unlearn.choose_learning(network, "all")
+    assert len(train_ddpm.learnable(network)) == len(list(network.parameters()))
+
+def test_choose_learning_of_the_label_takes_embeddings_mlps_and_projections():
+    network = tiny_network()
+    unlearn.choose_learning(network, "label")
+    learning = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert learning == set(filter(in_label_path, dict(network.named_parameters())))
+
+@pytest.mark.parametrize("part", ["label", "unet"])
+def test_saliency_mask_is_half_of_what_may_learn(part, short_masks):
+    network = tiny_network()
+    unlearn.choose_learning(network, part)
+    mask = unlearn.saliency_mask(network, make_data())
+    learning = [p for p in network.parameters() if p.requires_grad]
+    assert [m.shape for m in mask] == [p.shape for p in learning]
+    assert sum(m.sum() for m in mask) == sum(p.numel() for p in learning) // 2
+
+def test_esd_says_that_it_changes_the_label_path_alone(capsys):
+    network = tiny_network()
+    unlearn.choose_learning(network, "unet")
+    assert "give another --learn" in refusal(capsys, take_steps, unlearn.esd, network)
+
 @pytest.mark.parametrize("name", unlearn.METHODS)
 def test_methods_have_all_settings_for_both_presets(name):
     for preset in model.PRESETS:
@@ -3717,7 +3810,8 @@ def test_main_of_unlearn_measures_at_every_point(small_world):
     curve = result_of("run")["curve"]
     assert [point["step"] for point in curve] == [0, 1, 2]
     for point in curve:
-        assert {"ua", "ar", "cls", "style", "none", "fid", "fid_error"} <= point.keys()
+        expected = {"ua", "ar", "leak", "cls", "style", "none", "fid", "fid_error"}
+        assert expected <= point.keys()
         assert point["retain_samples"] == 45
 
 def test_main_of_unlearn_records_how_the_model_was_made(small_world):
@@ -3729,6 +3823,15 @@ def test_main_of_unlearn_records_how_the_model_was_made(small_world):
     expected = dict(steps=2, batch_size=4, lr=3e-4, weight=0.5)
     assert expected.items() <= made_by["settings"].items()
     assert result_of("run")["settings"] == made_by["settings"]
+
+def test_main_of_unlearn_records_what_was_allowed_to_learn(small_world):
+    command(unlearn, f"{UNLEARN} --learn label")
+    result = result_of("runs/shapes/dimum-cls1-label")
+    assert result["settings"]["learn"] == "label"
+    before, after = (dict(model.load_checkpoint(path)[0].named_parameters())
+                     for path in ("tiny.pt", "runs/shapes/dimum-cls1-label"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(map(in_label_path, moved))
 
 def test_main_of_unlearn_keeps_the_sha_256_of_the_model_it_started_from(small_world):
     command(unlearn, f"{UNLEARN} --out run")

@@ -48,7 +48,7 @@ PRETRAIN = {
         steps=800000, batch_size=128, lr=2e-4,
         ema=0.9999, warmup=0, cosine=False),
 }
-FASHION_STEPS = 3000            # of the small preset
+FASHION_STEPS = 10000           # of the small preset
 SAVE_SECONDS = 120              # between two saved training states
 
 # ---- training ------------------------------------------------------------------------------------
@@ -61,16 +61,21 @@ def get_batch(images, y, n, flip=False):
         x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
     return x.contiguous(memory_format=torch.channels_last), y[i]
 
+def learnable(model):
+    """The parameters that learn: a list of those that require a gradient, by default all."""
+    return [p for p in model.parameters() if p.requires_grad]
+
 def descend(loss, model, optimizer, mask=None, mask_first=False):
     """One optimiser step down the loss, which is returned: the step of pretraining, of every method
     of unlearning and of every attack. The gradient is clipped to norm 1 and set to 0 where the mask
-    (a bool tensor for each parameter) is False: after the clipping, or before it (mask_first)."""
+    (a bool tensor for each learnable parameter) is False: after the clipping, or before it
+    (mask_first)."""
     optimizer.zero_grad()
     loss.backward()
     if not mask_first:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if mask:
-        for p, m in zip(model.parameters(), mask):
+        for p, m in zip(learnable(model), mask):
             p.grad.mul_(m)
     if mask_first:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -24,8 +24,9 @@ from model import (FACTORS, T, add_noise, antithetic_times, checkpoint_file, dif
                    drop_labels, explain, fail, find_pairs, find_value, guided_output, matches, number,
                    pairs_slug, pairs_text, require, run, run_folder, sample, save_plot, say,
                    shipped, to_uint8)
-from train_ddpm import (UNREADABLE, descend, get_batch, load_run, read_image, save_result,
-                        say_next, set_defaults, stage_parser, started_from, write_losses)
+from train_ddpm import (UNREADABLE, descend, get_batch, learnable, load_run, read_image,
+                        save_result, say_next, set_defaults, stage_parser, started_from,
+                        write_losses)
 
 class Data:
     """What a run forgets and retains, as random batches: x (n, C, H, W) in [-1, 1], labels y (n, F),
@@ -101,7 +102,7 @@ def salun(model, data, optimizer, args, masked=True):
         yield descend(loss, model, optimizer, mask)
 
 def guided_gradients(model, draw, batches, guidance=2.0):
-    """Yield the gradients, a list like model.parameters(), of the *guided* output's summed-pixel
+    """Yield the gradients, a list like learnable(model), of the *guided* output's summed-pixel
     loss, clipped to norm 1, for each of `batches` batches of draw(). The network is in eval mode
     until the last one was taken. Source: generate_mask and generate_fisher of the public SalUn and
     SFRon code, which take the guided output."""
@@ -114,14 +115,14 @@ def guided_gradients(model, draw, batches, guidance=2.0):
         model.zero_grad()
         error.square().sum((1, 2, 3)).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        yield [p.grad.clone() for p in model.parameters()]
+        yield [p.grad.clone() for p in learnable(model)]
     model.train()
 
 def saliency_mask(model, data, batches=40):
-    """SalUn's mask: True for the half of all weights whose forget loss gradients, summed over
+    """SalUn's mask: True for the half of all learnable weights whose forget loss gradients, summed over
     batches with their signs, are largest. Source: 2310.12508 equation 4 with the median as its
     threshold; of equal gradients the first ones count as larger, so that it is always half."""
-    total = [torch.zeros_like(p) for p in model.parameters()]
+    total = [torch.zeros_like(p) for p in learnable(model)]
     for gradients in guided_gradients(model, data.forget, batches):
         total = [a + g for a, g in zip(total, gradients)]
     flat = torch.cat([g.abs().flatten() for g in total])
@@ -160,7 +161,7 @@ def fisher_mask(model, data, batches=40):
     threshold 1."""
     fisher = []
     for draw in (data.forget, data.retain):
-        total = [torch.zeros_like(p) for p in model.parameters()]
+        total = [torch.zeros_like(p) for p in learnable(model)]
         for gradients in guided_gradients(model, draw, batches):
             total = [a + g.square() / batches for a, g in zip(total, gradients)]
         fisher.append(total)
@@ -199,7 +200,8 @@ def esd(model, data, optimizer, args):
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     mask = [torch.full_like(p, name.startswith("label_"), dtype=torch.bool)
-            for name, p in model.named_parameters()]
+            for name, p in model.named_parameters() if p.requires_grad]
+    require(any(m.any() for m in mask), "esd changes the label's path alone; give another --learn")
     for _ in range(args.steps):
         x0, y = data.forget()
         t = antithetic_times(len(x0), x0.device)
@@ -218,7 +220,7 @@ def sa(model, data, optimizer, args, replayed=200, examples=50):
     before the replay is 1. The replayed samples are drawn once, before the first step, by the model
     itself, of retained conditions only; the Fisher diagonal is that of these.
     """
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    start = [p.detach().clone() for p in learnable(model)]
     conditions = torch.unique(data.retain_set[1], dim=0)
     labels = conditions.repeat_interleave(math.ceil(replayed / len(conditions)), 0)
     replayed_images = to_uint8(sample(model, labels, steps=20, seed=99, label="sa: replay"))
@@ -230,20 +232,20 @@ def sa(model, data, optimizer, args, replayed=200, examples=50):
         forget = diffusion_loss(model, noise, y, p_drop=0).mean()
         replayed_batch = get_batch(*replay, data.n, data.flip)
         keep = diffusion_loss(model, *replayed_batch, p_drop=0).mean()
-        moved = zip(fisher, model.parameters(), frozen.parameters())
-        change = sum((f * (p - q).square()).sum() for f, p, q in moved)
+        moved = zip(fisher, learnable(model), start)
+        change = sum((f * (p - p0).square()).sum() for f, p, p0 in moved)
         loss = data.pixels * (forget + keep) + args.weight * change
         yield descend(loss, model, optimizer) / data.pixels
 
 def fisher_diagonal(model, x0, y, times=10):
-    """Selective Amnesia's Fisher diagonal, a list like model.parameters(): the gradient of an
+    """Selective Amnesia's Fisher diagonal, a list like learnable(model): the gradient of an
     example's summed-pixel loss, summed over timesteps, squared; the mean over examples (x0 (N, C,
     H, W), y (N, F)).
 
     Source: save_fim of clear-nus/selective-amnesia. It takes all 1,000 timesteps; here `times`
     random ones stand for them. (fisher_mask squares the gradients of whole batches instead.)
     """
-    params = list(model.parameters())
+    params = learnable(model)
     total = [torch.zeros_like(p) for p in params]
     model.eval()
     for x, label in zip(x0, y):
@@ -385,6 +387,13 @@ def check_forget(forget, forgotten, names):
         require(len(gone) < len(values),
                 f"--{FACTORS[factor]}: one of {', '.join(values)} must remain; forget fewer")
 
+def choose_learning(model, part):
+    """Let a part of the network learn: "label" is the label's path (the embeddings, their MLPs, the
+    projections of the embedding in the blocks), "unet" is the rest, "all" are both."""
+    for name, p in model.named_parameters():
+        in_path = name.startswith("label_") or ".emb." in name
+        p.requires_grad_(part == "all" or in_path == (part == "label"))
+
 def cosine(training, optimizer, steps):
     """The steps of a method, while its learning rate falls to 0 along a cosine: a generator waits
     after each step, and the optimiser takes the next one with the new rate."""
@@ -406,6 +415,8 @@ def parse_args():
          help="default: the shipped model, or the pretraining in runs/")
     flag("--lr", metavar="X", type=number(float, 0, 10),
          help="learning rate; default by method")
+    flag("--learn", choices=("all", "label", "unet"), default="all",
+         help="what may change: all (default), the label's path, or the rest of the U-Net")
     flag("--lambda", dest="weight", type=number(float, 0, 1e9), metavar="X",
          help="the method's weight: lambda, alpha, eta")
     flag("--alternative", default="class", metavar="SPEC", help="c': class:K, also for styles "
@@ -439,10 +450,13 @@ def main():
     torch.manual_seed(args.seed)
     data = Data(images, y, names, forget, earlier, args)
     name = f"{args.method}-{pairs_slug(forget)}"
+    if args.learn != "all":
+        name += f"-{args.learn}"
     if earlier:
         name += f"-after-{path.parent.name}"
     folder = run_folder(args.out or Path("runs", args.dataset, name))
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    choose_learning(model, args.learn)
+    optimizer = torch.optim.Adam(learnable(model), args.lr, fused=True)
     training = method["function"](model.train(), data, optimizer, args)
     if info["preset"] == "small":
         training = cosine(training, optimizer, args.steps)
@@ -453,7 +467,7 @@ def main():
         each = [f"{name} {100 * ua:.1f} %" for name, ua in curve[-1]["ua_of"].items()]
         say("UA of each:", ", ".join(each))
 
-    settings.update(alternative=args.alternative, alt_size=args.alt_size)
+    settings.update(learn=args.learn, alternative=args.alternative, alt_size=args.alt_size)
     info["forgotten"] = forgotten
     info["made_by"] = {"stage": "unlearn", "method": args.method, "seed": args.seed,
                        "settings": settings, **started_from(path)}
