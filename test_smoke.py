@@ -1583,6 +1583,17 @@ def test_load_torchvision_reads_the_four_files_of_fashion_mnist(end, monkeypatch
     assert np.array_equal(labels[:, 0], y)
     assert names[0][9] == "Ankle boot"
 
+@pytest.mark.parametrize("size", [0, 3, 1000])
+def test_load_torchvision_refuses_a_file_that_is_not_whole(size, monkeypatch, capsys):
+    raw = Path("data/FashionMNIST/raw")
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        write_idx(raw / f"{split}-images-idx3-ubyte", np.zeros((4, 28, 28)), "")
+        write_idx(raw / f"{split}-labels-idx1-ubyte", np.zeros(4), "")
+    os.truncate(raw / "train-images-idx3-ubyte", size)
+    error = refusal(capsys, train_ddpm.load_data, "fashion", "train")
+    assert "put train-images-idx3-ubyte" in error
+
 def write_cifar10(monkeypatch, labels):
     """The files of CIFAR-10, each with the 20 images that are returned."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", is_there)

@@ -274,7 +274,7 @@ def load_torchvision(dataset, split, data_dir):
         place = Path(data_dir)
     with explain(f"{dataset} is not in '{data_dir}' and cannot be downloaded; put "
                  f"{', '.join(files)} into {place.as_posix()}, or name the folder with --data-dir",
-                 OSError, RuntimeError, EOFError):
+                 OSError, RuntimeError, EOFError, ValueError, AssertionError):
         data = kind(data_dir, train=split == "train", download=True)
     y = torch.as_tensor(data.targets)[:, None]
     if dataset == "fashion":

@@ -109,6 +109,26 @@ invert() {           # MODEL: eighteen attackers who have pictures of what it fo
     $STUDY invert $1
 }
 
+figure1() {          # README's first picture
+    for size in small large; do
+        lr=1e-3
+        [ $size = small ] && lr=3e-4
+        python unlearn.py --style sketch --samples 60 --lr $lr --out runs/first/$size
+        python attack.py runs/first/$size --samples 60 --every 75 150 --out runs/first/attack-$size
+    done
+    $STUDY figure figure1.png runs/first/attack-small runs/first/attack-large
+}
+
+gpu() {              # the paper's network on Fashion-MNIST: about 15 minutes of an H100 or H200
+    python train_ddpm.py --dataset fashion --preset paper --steps 8000 --compile --out runs/gpu/paper
+    for method in dimum salun; do
+        python unlearn.py --ckpt runs/gpu/paper --method $method --cls trouser --steps 300 \
+            --batch-size 64 --samples 600 --compile --out runs/gpu/$method
+        python attack.py runs/gpu/$method --steps 300 --batch-size 64 --samples 600 --every 100 \
+            --compile --out runs/gpu/attack-$method
+    done
+}
+
 # ---- what they share -----------------------------------------------------------------------------
 
 has_row() {          # NAME: is it in results.csv?
