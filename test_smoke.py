@@ -3341,7 +3341,7 @@ def known_losses(monkeypatch):
 def take_steps(method, network, data=None, weight=1.0, steps=1, lr=1e-2, **options):
     """The losses that some steps of a method yield."""
     optimizer = torch.optim.Adam(network.parameters(), lr)
-    args = SimpleNamespace(steps=steps, weight=weight)
+    args = SimpleNamespace(steps=steps, weight=weight, lr=lr)
     return list(method(network, data or make_data(), optimizer, args, **options))
 
 def assert_loss(descents, network, formula, **terms):
@@ -3691,6 +3691,46 @@ def test_fisher_diagonal_is_the_mean_of_squared_single_example_gradients():
         expected = expected + flat(torch.autograd.grad(loss, network.parameters())) ** 2 / 2
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6 * expected.max().item())
 
+LABEL_PATH = "label_embs label_mlps emb".split()
+
+def in_label_path(name):
+    """Whether a parameter belongs to the path of the label."""
+    return any(part in LABEL_PATH for part in name.split("."))
+
+@pytest.fixture
+def counted_steps(monkeypatch):
+    """In place of dimum: each of its steps adds 1 to all weights that may learn. A list of what the
+    two halves of the weights, the label's path and the rest, were at each step."""
+    seen = []
+    start = dict(tiny_network().named_parameters())
+
+    def added(network, in_path):
+        """The numbers that were added to one half of the weights."""
+        return {round((p - start[name]).mean().item()) for name, p in network.named_parameters()
+                if in_label_path(name) == in_path}
+
+    def dimum(network, data, optimizer, args):
+        while True:
+            with torch.no_grad():
+                for p in train_ddpm.learnable(network):
+                    p += 1
+            seen.append((added(network, True), added(network, False)))
+            yield torch.zeros(())
+
+    monkeypatch.setattr(unlearn, "dimum", dimum)
+    return seen, lambda network: (added(network, True), added(network, False))
+
+def test_twice_forgets_in_each_half_of_the_weights_from_the_first_model(counted_steps):
+    seen, _ = counted_steps
+    take_steps(unlearn.twice, tiny_network(), steps=5)
+    assert seen == [({1}, {0}), ({2}, {0}), ({0}, {1}), ({0}, {2}), ({0}, {3})]
+
+def test_twice_puts_both_halves_together(counted_steps):
+    _, seen_at_the_end = counted_steps
+    network = tiny_network()
+    assert len(take_steps(unlearn.twice, network, steps=5)) == 5
+    assert seen_at_the_end(network) == ({2}, {3})
+
 @pytest.fixture
 def short_masks(monkeypatch):
     """Masks from two batches instead of forty."""
@@ -3711,14 +3751,8 @@ def test_methods_move_the_weights_and_repeat_from_a_seed(name, short_masks):
     assert torch.equal(*ends)
     assert not torch.equal(ends[0], all_weights(tiny_network()))
 
-LABEL_PATH = "label_embs label_mlps emb".split()
-
-def in_label_path(name):
-    """Whether a parameter belongs to the path of the label."""
-    return any(part in LABEL_PATH for part in name.split("."))
-
 @pytest.mark.parametrize("part", ["label", "unet"])
-@pytest.mark.parametrize("name", [n for n in unlearn.METHODS if n not in ("esd", "swap")])
+@pytest.mark.parametrize("name", sorted({*unlearn.METHODS} - {"esd", "swap", "twice"}))
 def test_methods_move_nothing_but_what_may_learn(name, part, short_masks):
     network = tiny_network()
     unlearn.choose_learning(network, part)
@@ -3770,9 +3804,9 @@ def test_find_model_takes_the_shipped_one_before_a_pretraining():
     assert unlearn.find_model(args).samefile(model.shipped("shapes.pt"))
 
 def test_find_model_takes_the_pretraining_where_none_is_shipped():
-    save_tiny_checkpoint("runs/fashion/pretrain/model.pt")
-    args = SimpleNamespace(ckpt=None, dataset="fashion", data_dir="data")
-    assert unlearn.find_model(args) == Path("runs/fashion/pretrain/model.pt")
+    save_tiny_checkpoint("runs/cifar10/pretrain/model.pt")
+    args = SimpleNamespace(ckpt=None, dataset="cifar10", data_dir="data")
+    assert unlearn.find_model(args) == Path("runs/cifar10/pretrain/model.pt")
 
 def test_find_model_takes_the_one_that_is_named():
     save_tiny_checkpoint("mine/model.pt")
@@ -3780,9 +3814,9 @@ def test_find_model_takes_the_one_that_is_named():
     assert unlearn.find_model(args) == Path("mine/model.pt")
 
 def test_find_model_names_the_command_that_trains_one(capsys):
-    args = SimpleNamespace(ckpt=None, dataset="fashion", data_dir="my data")
+    args = SimpleNamespace(ckpt=None, dataset="cifar10", data_dir="my data")
     error = refusal(capsys, unlearn.find_model, args)
-    assert "run 'python train_ddpm.py --dataset fashion" in error
+    assert "run 'python train_ddpm.py --dataset cifar10" in error
     assert "'my data'" in error
 
 def test_check_forget_leaves_a_value_of_each_factor(capsys):
@@ -4477,7 +4511,8 @@ MISTAKES = [
     (unlearn, "--cls 1 --out /dev/null/run", "--out"),
     (unlearn, "--cls 1 --ckpt missing.pt", "missing.pt"),
     (unlearn, "--cls 1 --ckpt tiny.pt --dataset fashion", "draws shapes"),
-    (unlearn, "--cls 1 --dataset fashion", "train_ddpm.py --dataset fashion"),
+    (unlearn, "--cls 1 --dataset cifar10", "train_ddpm.py --dataset cifar10"),
+    (unlearn, "--cls 1 --method twice --learn unet", "leave --learn out"),
     (unlearn, "--speed 9", "--help"),
     (unlearn, f"{UNLEARN} --steps 20 --method ga --lambda 1e9 --lr 10", "diverged"),
     (attack, "", "name what to attack"),

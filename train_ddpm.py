@@ -70,15 +70,16 @@ def descend(loss, model, optimizer, mask=None, mask_first=False):
     of unlearning and of every attack. The gradient is clipped to norm 1 and set to 0 where the mask
     (a bool tensor for each learnable parameter) is False: after the clipping, or before it
     (mask_first)."""
+    params = learnable(model)
     optimizer.zero_grad()
     loss.backward()
     if not mask_first:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
     if mask:
-        for p, m in zip(learnable(model), mask):
+        for p, m in zip(params, mask):
             p.grad.mul_(m)
     if mask_first:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step()
     return loss.detach()
 

@@ -12,6 +12,7 @@ loss.png, samples.png (above: before, below: after). D_f is what to forget and D
 c_f the forgotten label and c' its substitute; l(D) is the diffusion loss, the mean over pixels.
 """
 import copy
+import itertools
 import math
 import os
 import shlex
@@ -114,7 +115,7 @@ def guided_gradients(model, draw, batches, guidance=2.0):
         error = guided_output(model, x_t, t, y, guidance) - target
         model.zero_grad()
         error.square().sum((1, 2, 3)).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learnable(model), 1.0)
         yield [p.grad.clone() for p in learnable(model)]
     model.train()
 
@@ -259,6 +260,45 @@ def fisher_diagonal(model, x0, y, times=10):
     model.train()
     return total
 
+def twice(model, data, optimizer, args):
+    """Forget twice (ours, not the paper's): DiMUM for half of the steps in the label's path alone;
+    from the first model again, for the other half, in the rest of the U-Net; then both together.
+
+    Either half forgets without the other. Retained data, which can bring the U-Net back, meet a
+    label that draws c', and another embedding meets a U-Net that draws it. Each half has an Adam
+    and a cosine of its own; the run's optimiser is not used.
+    """
+    first = copy.deepcopy(model.state_dict())
+    learned = {}
+    half = args.steps // 2
+    for part, steps in (("label", half), ("unet", args.steps - half)):
+        model.load_state_dict(first)
+        choose_learning(model, part)
+        own = torch.optim.Adam(learnable(model), args.lr, fused=True)
+        training = itertools.islice(dimum(model, data, own, args), steps)
+        yield from cosine(training, own, steps)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                learned[name] = p.detach().clone()
+    model.load_state_dict(learned)
+
+# ---- what a method changes, and at which rate ----------------------------------------------------
+
+def choose_learning(model, part):
+    """Let a part of the network learn: "label" is the label's path (the embeddings, their MLPs, the
+    projections of the embedding in the blocks), "unet" is the rest, "all" are both."""
+    for name, p in model.named_parameters():
+        in_path = name.startswith("label_") or ".emb." in name
+        p.requires_grad_(part == "all" or in_path == (part == "label"))
+
+def cosine(training, optimizer, steps):
+    """The steps of a method, while its learning rate falls to 0 along a cosine: a generator waits
+    after each step, and the optimiser takes the next one with the new rate."""
+    lr = optimizer.param_groups[0]["lr"]
+    for step, loss in enumerate(training, 1):
+        yield loss
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+
 # With the preset small all methods that can live with it have one budget; `weight` is the method's
 # own (lambda, alpha, eta, ...), chosen on class bar and style dots (assets/study/README.md), and the
 # rate falls to 0 along a cosine. With paper: the settings of the method's own paper or public code,
@@ -298,6 +338,10 @@ METHODS = {
         function=finetune,
         small=BUDGET,
         paper=PAPER),
+    "twice": dict(
+        function=twice,
+        small=BUDGET,
+        paper=dict(PAPER, steps=10000, batch_size=64)),
     "swap": dict(
         function=swap,
         small=dict(BUDGET, steps=0),
@@ -387,21 +431,6 @@ def check_forget(forget, forgotten, names):
         require(len(gone) < len(values),
                 f"--{FACTORS[factor]}: one of {', '.join(values)} must remain; forget fewer")
 
-def choose_learning(model, part):
-    """Let a part of the network learn: "label" is the label's path (the embeddings, their MLPs, the
-    projections of the embedding in the blocks), "unet" is the rest, "all" are both."""
-    for name, p in model.named_parameters():
-        in_path = name.startswith("label_") or ".emb." in name
-        p.requires_grad_(part == "all" or in_path == (part == "label"))
-
-def cosine(training, optimizer, steps):
-    """The steps of a method, while its learning rate falls to 0 along a cosine: a generator waits
-    after each step, and the optimiser takes the next one with the new rate."""
-    lr = optimizer.param_groups[0]["lr"]
-    for step, loss in enumerate(training, 1):
-        yield loss
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-
 def parse_args():
     parser = stage_parser(__doc__, "<method>-cls1", samples=240, sampler_steps=20)
     flag = parser.add_argument
@@ -440,6 +469,8 @@ def main():
     earlier = [pair for pair in info["forgotten"] if pair not in forget]
     forgotten = sorted([*forget, *earlier])
     check_forget(forget, forgotten, names)
+    require(args.method != "twice" or args.learn == "all", "twice chooses by itself what may learn; "
+            "leave --learn out")
     method = METHODS[args.method]
     settings = set_defaults(args, **method[info["preset"]])    # into args, where no flag was given
     say(f"{args.method}: forget {pairs_text(forget, names)} in {path}; {args.steps} steps, "
