@@ -3718,18 +3718,29 @@ def counted_steps(monkeypatch):
             yield torch.zeros(())
 
     monkeypatch.setattr(unlearn, "dimum", dimum)
-    return seen, lambda network: (added(network, True), added(network, False))
+    return seen
 
-def test_twice_forgets_in_each_half_of_the_weights_from_the_first_model(counted_steps):
-    seen, _ = counted_steps
-    take_steps(unlearn.twice, tiny_network(), steps=5)
-    assert seen == [({1}, {0}), ({2}, {0}), ({0}, {1}), ({0}, {2}), ({0}, {3})]
+def test_twice_forgets_in_each_part_of_the_weights_from_the_first_model(counted_steps):
+    take_steps(unlearn.twice, tiny_network(), steps=6)
+    label, unet = counted_steps[:2], counted_steps[2:4]
+    assert label == [({1}, {0}), ({2}, {0})]
+    assert unet == [({0}, {1}), ({0}, {2})]
 
-def test_twice_puts_both_halves_together(counted_steps):
-    _, seen_at_the_end = counted_steps
-    network = tiny_network()
-    assert len(take_steps(unlearn.twice, network, steps=5)) == 5
-    assert seen_at_the_end(network) == ({2}, {3})
+def test_twice_trains_both_parts_together_at_the_end(counted_steps):
+    assert len(take_steps(unlearn.twice, tiny_network(), steps=6)) == 6
+    assert counted_steps[4:] == [({3}, {3}), ({4}, {4})]
+
+def test_twice_ends_at_a_third_of_the_rate(monkeypatch):
+    rates = []
+
+    def dimum(network, data, optimizer, args):
+        while True:
+            rates.append(optimizer.param_groups[0]["lr"])
+            yield torch.zeros(())
+
+    monkeypatch.setattr(unlearn, "dimum", dimum)
+    take_steps(unlearn.twice, tiny_network(), steps=5, lr=0.3)
+    assert rates == pytest.approx([0.3, 0.15, 0.3, 0.15, 0.1])
 
 @pytest.fixture
 def short_masks(monkeypatch):

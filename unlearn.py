@@ -261,26 +261,29 @@ def fisher_diagonal(model, x0, y, times=10):
     return total
 
 def twice(model, data, optimizer, args):
-    """Forget twice (ours, not the paper's): DiMUM for half of the steps in the label's path alone;
-    from the first model again, for the other half, in the rest of the U-Net; then both together.
+    """Forget twice (ours, not the paper's): DiMUM for two fifths of the steps in the label's path
+    alone; from the first model again, for two fifths, in the rest of the U-Net; for the last fifth,
+    at a third of the rate, in both together, so that they fit each other.
 
-    Either half forgets without the other. Retained data, which can bring the U-Net back, meet a
-    label that draws c', and another embedding meets a U-Net that draws it. Each half has an Adam
+    Either part forgets without the other. Retained data, which can bring the U-Net back, meet a
+    label that draws c', and another embedding meets a U-Net that draws it. Each part has an Adam
     and a cosine of its own; the run's optimiser is not used.
     """
     first = copy.deepcopy(model.state_dict())
     learned = {}
-    half = args.steps // 2
-    for part, steps in (("label", half), ("unet", args.steps - half)):
-        model.load_state_dict(first)
+    fifth = args.steps // 5
+    parts = (("label", 2 * fifth, args.lr),
+             ("unet", 2 * fifth, args.lr),
+             ("all", args.steps - 4 * fifth, args.lr / 3))
+    for part, steps, rate in parts:
+        model.load_state_dict({**first, **learned} if part == "all" else first)
         choose_learning(model, part)
-        own = torch.optim.Adam(learnable(model), args.lr, fused=True)
+        own = torch.optim.Adam(learnable(model), rate, fused=True)
         training = itertools.islice(dimum(model, data, own, args), steps)
         yield from cosine(training, own, steps)
         for name, p in model.named_parameters():
             if p.requires_grad:
                 learned[name] = p.detach().clone()
-    model.load_state_dict(learned)
 
 # ---- what a method changes, and at which rate ----------------------------------------------------
 
