@@ -1,6 +1,7 @@
 """The study over all targets: where a model forgets decides what brings it back.
 
-    python assets/study/targets.py plan                              # what has no row yet, in order
+    python assets/study/targets.py tries                             # weights that have no row yet
+    python assets/study/targets.py plan                              # cells that have no row yet
     python assets/study/targets.py cell shapes cls=square dimum-unet 0       # a row of targets.csv
     python assets/study/targets.py weight shapes cls=bar salun-low 1e-3      # a row of weights.csv
     python assets/study/targets.py second_classifier shapes          # train a classifier of its own
@@ -15,7 +16,9 @@ import csv
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +60,17 @@ ARMS = {
 # of what is retained, then by FID. Keys: a method, an arm, or a dataset and an arm
 WEIGHTS = {"dimum": 1.0, "twice": 1.0, "salun": 3e-3, "sfron": 10.0, "swap": 1.0}
 
+# What is tried for each arm whose weight is not the one of `unlearn.py`
+TRIES = {
+    ("shapes", "salun-low"): (3e-4, 1e-3, 3e-3),
+    ("fashion", "salun-all"): (1e-3, 3e-3, 1e-2),
+    ("shapes", "dimum-low"): (0.3, 1.0, 3.0),
+    ("fashion", "dimum-all"): (0.3, 1.0, 3.0),
+    ("shapes", "salun-unet"): (3e-4, 1e-3, 3e-3),
+    ("shapes", "salun-label"): (1e-3, 3e-3, 1e-2),
+}
+CHOOSING = {"shapes": ("cls=bar", "style=dots"), "fashion": ("cls=Bag",)}
+
 SHAPES_TARGETS = [f"cls={name}" for name in SHAPES if name != "bar"]
 SHAPES_TARGETS += [f"style={name}" for name in STYLES if name != "dots"]
 FASHION_TARGETS = [f"cls={name}" for name in FashionMNIST.classes if name != "Bag"]
@@ -78,6 +92,14 @@ def planned():
     for arm in MAIN_ARMS:
         for target in AGAIN:
             yield "shapes", target, arm, 1
+
+def tries():
+    """Print the weights that were not tried yet, one a line, as the words after `weight`."""
+    done = {(line["name"], float(line["weight"])) for line in read_rows("weights.csv")}
+    for (dataset, arm), weights in TRIES.items():
+        for target, weight in product(CHOOSING[dataset], weights):
+            if (cell_name(dataset, target, arm, 100), weight) not in done:
+                print(f"{dataset} {target} {arm} {weight}")
 
 def plan():
     """Print the cells that have no row yet, one a line, as the words after `cell`."""
@@ -117,12 +139,10 @@ def write(table, line):
             value = float(f"{value:.4g}")
         rounded[key] = value
     path = TABLES / table
-    is_new = not path.exists()
+    with suppress(FileExistsError), open(path, "x", newline="") as file:
+        csv.DictWriter(file, COLUMNS[table]).writeheader()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS[table])
-        if is_new:
-            writer.writeheader()
-        writer.writerow(rounded)
+        csv.DictWriter(file, COLUMNS[table]).writerow(rounded)
 
 def read_rows(table):
     """The rows of a table: dicts of text."""
@@ -260,7 +280,8 @@ def invert(model, evaluation, train, seed):
 
 # ---- command line --------------------------------------------------------------------------------
 
-COMMANDS = {"plan": plan, "cell": cell, "weight": weight, "second_classifier": second_classifier}
+COMMANDS = {"tries": tries, "weight": weight, "plan": plan, "cell": cell,
+            "second_classifier": second_classifier}
 
 def main():
     """Call the function that the command line names."""

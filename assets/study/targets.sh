@@ -5,11 +5,15 @@
 #
 #     bash assets/study/targets.sh
 #
-# The weights were chosen before, on bar, dots and bag: every line of weights.csv is
-# `python assets/study/targets.py weight DATASET TARGET ARM WEIGHT`.
+# `targets.sh weights` tries weights first, on bar, dots and bag, into weights.csv; the chosen ones stand
+# in targets.py.
 set -e
 export OMP_NUM_THREADS=1
 STUDY="python assets/study/targets.py"
+if [ "${1:-}" = weights ]; then
+    $STUDY tries | xargs -L 1 -P "${JOBS:-2}" $STUDY weight
+    exit
+fi
 for dataset in shapes fashion; do
     [ -f "${RUNS:-runs/study}/second_classifier-$dataset/model.pt" ] || $STUDY second_classifier $dataset
 done
