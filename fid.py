@@ -77,6 +77,7 @@ def prepare_evaluation(info, images, y, targets, forgotten, args):
         "sampler": "ddim",
         "sampler_steps": args.sampler_steps,
         "guidance": 2.0,
+        "unlabelled_guidance": 0.0,
         "noise_seed": NOISE_SEED,
         "seed": args.seed,
         "real_images": len(real),
@@ -235,10 +236,10 @@ def train_and_measure(model, training, evaluation, every, args, headline, retain
     measured.append(measure(model, evaluation, args.steps, headline))
     curve = [metrics for metrics, _ in measured]
     samples = [x for _, x in measured]
-    say(f"({len(evaluation.forget)} + {len(evaluation.retain)} samples, and {evaluation.unlabelled} "
-        f"without a label for leak, {args.sampler_steps} DDIM steps, guidance 2, seed {args.seed}; 95 "
-        f"% intervals; FID on classifier features, with its standard error; {seconds:.0f} s of "
-        "training)")
+    say(f"({len(evaluation.forget)} + {len(evaluation.retain)} samples with guidance 2, and "
+        f"{evaluation.unlabelled} without a label or guidance for leak; {evaluation.sampler_steps} "
+        f"DDIM steps, seed {args.seed}; 95 % intervals; FID on classifier features, with its standard "
+        f"error; {seconds:.0f} s of training)")
     return curve, samples, losses, seconds
 
 def save_before_after(path, evaluation, pairs, before, after):

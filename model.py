@@ -734,7 +734,8 @@ def main():
     folder = run_folder(args.out or Path("runs", info["dataset"], "samples"))
     images = sample(model, y, sampler=args.sampler, guidance=guidance, seed=args.seed,
                     label="samples")
-    save_grid(images, folder / "samples.png", columns=min(len(y), max(args.n, 10)))
+    columns = 10 if args.unlabelled else max(args.n, 10)
+    save_grid(images, folder / "samples.png", columns=min(len(y), columns))
     say(f"wrote {folder}/samples.png: {len(y)} images, {shown}")
     if args.png:
         files = run_folder(args.png, "--png")

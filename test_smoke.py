@@ -4524,6 +4524,7 @@ MISTAKES = [
     (unlearn, "--cls 1 --ckpt tiny.pt --dataset fashion", "draws shapes"),
     (unlearn, "--cls 1 --dataset cifar10", "train_ddpm.py --dataset cifar10"),
     (unlearn, "--cls 1 --method twice --learn unet", "leave --learn out"),
+    (unlearn, "--cls 1 --method swap --learn unet", "leave --learn out"),
     (unlearn, "--speed 9", "--help"),
     (unlearn, f"{UNLEARN} --steps 20 --method ga --lambda 1e9 --lr 10", "diverged"),
     (attack, "", "name what to attack"),

@@ -452,7 +452,8 @@ def say_counts(data_dir, y, names):
         counts = labels.bincount(minlength=len(values)).tolist()
         listed = [f"{name} {n}" for name, n in zip(values, counts)]
         if len(listed) > 60:
-            listed[60:] = [f"and {len(listed) - 60} more, of {min(counts)} to {max(counts)} each"]
+            rest = counts[60:]
+            listed[60:] = [f"and {len(rest)} more, of {min(rest)} to {max(rest)} each"]
         say(f"{factor}: {', '.join(listed)}")
     folders = {composed(path)[-1] for depth in range(len(names))
                for path in data_dir.glob("*" + "/*" * depth)
@@ -596,7 +597,7 @@ def save_result(folder, model, info, args, **result):
 def say_next(folder, args, command):
     """Say what a stage wrote, and what to run next."""
     written = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    script = Path(sys.argv[0]).with_name(command[0])   # as the one that runs was called
+    script = Path(sys.argv[0]).parent / command[0]     # as the one that runs was called
     command = [script.as_posix(), *command[1:]]
     if args.data_dir != "data":
         command = [*command, "--data-dir", Path(args.data_dir).as_posix()]

@@ -5,6 +5,7 @@
     python unlearn.py --method dimum --style sketch    # a style; with --cls, too, both
     python unlearn.py --method sfron --cls 1 --eval-every 25         # follow UA and FID on the way
     python unlearn.py --method dimum --cls 1 --alternative mix --alt-size 50
+    python unlearn.py --method dimum --cls 1 --learn unet            # into dimum-cls1-unet
     python unlearn.py --style neon --ckpt runs/shapes/dimum-cls1     # both are forgotten then
 
 Leaves runs/<dataset>/<method>-cls1/: model.pt, result.json (the metrics at every point), log.csv,
@@ -202,7 +203,8 @@ def esd(model, data, optimizer, args):
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     mask = [torch.full_like(p, name.startswith("label_"), dtype=torch.bool)
             for name, p in model.named_parameters() if p.requires_grad]
-    require(any(m.any() for m in mask), "esd changes the label's path alone; give another --learn")
+    require(any(m.any() for m in mask), "esd changes the embeddings and their MLPs alone; give "
+            "another --learn")
     for _ in range(args.steps):
         x0, y = data.forget()
         t = antithetic_times(len(x0), x0.device)
@@ -267,7 +269,8 @@ def twice(model, data, optimizer, args):
 
     Either part forgets without the other. Retained data, which can bring the U-Net back, meet a
     label that draws c', and another embedding meets a U-Net that draws it. Each part has an Adam
-    and a cosine of its own; the run's optimiser is not used.
+    and a cosine of its own, with either preset; the run's optimiser is not used. What --eval-every
+    measures before the last fifth is one part alone.
     """
     first = copy.deepcopy(model.state_dict())
     learned = {}
@@ -289,7 +292,7 @@ def twice(model, data, optimizer, args):
 
 def choose_learning(model, part):
     """Let a part of the network learn: "label" is the label's path (the embeddings, their MLPs, the
-    projections of the embedding in the blocks), "unet" is the rest, "all" are both."""
+    projections of label and time in the blocks), "unet" is the rest, "all" are both."""
     for name, p in model.named_parameters():
         in_path = name.startswith("label_") or ".emb." in name
         p.requires_grad_(part == "all" or in_path == (part == "label"))
@@ -472,7 +475,8 @@ def main():
     earlier = [pair for pair in info["forgotten"] if pair not in forget]
     forgotten = sorted([*forget, *earlier])
     check_forget(forget, forgotten, names)
-    require(args.method != "twice" or args.learn == "all", "twice chooses by itself what may learn; "
+    alone = args.method in ("twice", "swap")
+    require(args.learn == "all" or not alone, f"{args.method} chooses by itself what it changes; "
             "leave --learn out")
     method = METHODS[args.method]
     settings = set_defaults(args, **method[info["preset"]])    # into args, where no flag was given

@@ -109,7 +109,8 @@ invert() {           # MODEL: eighteen attackers who have pictures of what it fo
     $STUDY invert $1
 }
 
-figure1() {          # README's first picture
+figure1() {          # README's first picture, into figure1.png
+    rm -rf runs/first
     for size in small large; do
         lr=1e-3
         [ $size = small ] && lr=3e-4
@@ -119,7 +120,8 @@ figure1() {          # README's first picture
     $STUDY figure figure1.png runs/first/attack-small runs/first/attack-large
 }
 
-gpu() {              # the paper's network on Fashion-MNIST: about 15 minutes of an H100 or H200
+gpu() {              # the paper's network on Fashion-MNIST: not run yet; meant for 15 minutes of an H100
+    rm -rf runs/gpu
     python train_ddpm.py --dataset fashion --preset paper --steps 8000 --compile --out runs/gpu/paper
     for method in dimum salun; do
         python unlearn.py --ckpt runs/gpu/paper --method $method --cls trouser --steps 300 \

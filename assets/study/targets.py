@@ -60,7 +60,7 @@ ARMS = {
 # of what is retained, then by FID. Keys: a method, an arm, or a dataset and an arm
 WEIGHTS = {"dimum": 1.0, "twice": 1.0, "salun": 3e-3, "sfron": 10.0, "swap": 1.0}
 
-# What is tried for each arm whose weight is not the one of `unlearn.py`
+# The weights that are tried for an arm; the other arms of a method have the weight of its first one
 TRIES = {
     ("shapes", "salun-low"): (3e-4, 1e-3, 3e-3),
     ("fashion", "salun-all"): (1e-3, 3e-3, 1e-2),
@@ -190,7 +190,8 @@ def weight(dataset, target, arm, weight):
     write("weights.csv", {**line, **{key: metrics[key] for key in FORGOTTEN}})
 
 def cell(dataset, target, arm, seed):
-    """A row of targets.csv: what an arm forgets of a target, and what the attacks bring back."""
+    """A row of targets.csv: what an arm forgets of a target, and what the attacks bring back. A run
+    with a UA below 95 % is not attacked: its columns stay empty."""
     before, model, evaluation, train, line = forget(dataset, target, arm, int(seed),
                                                     weight_of(dataset, arm))
     metrics, samples = fid.measure(model, evaluation, line["steps"], "ua")
@@ -225,7 +226,7 @@ def second_classifier(dataset):
 
 def put_back(before, model, evaluation):
     """The AR after parts of the original are put back: the label's row; with it its MLP; with these
-    the blocks' projections of the embedding."""
+    the blocks' projections of label and time, which all labels share."""
     [(factor, value)] = evaluation.targets
     original = dict(before.named_parameters())
     again = copy.deepcopy(model)

@@ -7,14 +7,18 @@
 #
 # `targets.sh weights` tries weights first, on bar, dots and bag, into weights.csv; the chosen ones stand
 # in targets.py.
-set -e
+set -eo pipefail
 export OMP_NUM_THREADS=1
 STUDY="python assets/study/targets.py"
 if [ "${1:-}" = weights ]; then
-    $STUDY tries | xargs -L 1 -P "${JOBS:-2}" $STUDY weight
+    $STUDY tries | xargs -r -L 1 -P "${JOBS:-2}" $STUDY weight
     exit
 fi
 for dataset in shapes fashion; do
-    [ -f "${RUNS:-runs/study}/second_classifier-$dataset/model.pt" ] || $STUDY second_classifier $dataset
+    folder=${RUNS:-runs/study}/second_classifier-$dataset
+    if [ ! -f "$folder/model.pt" ]; then
+        rm -rf "$folder"
+        $STUDY second_classifier $dataset
+    fi
 done
-$STUDY plan | xargs -L 1 -P "${JOBS:-2}" $STUDY cell
+$STUDY plan | xargs -r -L 1 -P "${JOBS:-2}" $STUDY cell
