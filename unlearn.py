@@ -121,8 +121,8 @@ def guided_gradients(model, draw, batches, guidance=2.0):
     model.train()
 
 def saliency_mask(model, data, batches=40):
-    """SalUn's mask: True for the half of all learnable weights whose forget loss gradients, summed over
-    batches with their signs, are largest. Source: 2310.12508 equation 4 with the median as its
+    """SalUn's mask: True for the half of all learnable weights whose forget loss gradients, summed
+    over batches with their signs, are largest. Source: 2310.12508 equation 4 with the median as its
     threshold; of equal gradients the first ones count as larger, so that it is always half."""
     total = [torch.zeros_like(p) for p in learnable(model)]
     for gradients in guided_gradients(model, data.forget, batches):

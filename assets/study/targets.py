@@ -233,33 +233,41 @@ def put_back(before, model, evaluation):
     result = {}
     with torch.no_grad():
         again.label_embs[factor].weight[value] = before.label_embs[factor].weight[value]
-        result["back_row"] = ar_of(again, evaluation, "row")
+        result["back_row"], _ = measure_ar(again, evaluation, "row")
         again.label_mlps[factor].load_state_dict(before.label_mlps[factor].state_dict())
-        result["back_mlp"] = ar_of(again, evaluation, "mlp")
+        result["back_mlp"], _ = measure_ar(again, evaluation, "mlp")
         for name, p in again.named_parameters():
             if ".emb." in name:
                 p.copy_(original[name])
-        result["back_path"] = ar_of(again, evaluation, "path")
+        result["back_path"], _ = measure_ar(again, evaluation, "path")
     return result
 
-def ar_of(model, evaluation, step):
-    x = fid.draw_samples(model, evaluation.forget, evaluation.sampler_steps, step)
-    return fid.score(x, evaluation.forget, evaluation)["ar"]
+def measure_ar(model, evaluation, step):
+    """The AR of a model, and the samples that show it."""
+    metrics, samples = fid.measure(model, evaluation, step, "ar", retained=False)
+    return metrics["ar"], samples
+
+def prepare_attack(model, pictures, evaluation, batch_size, rate, seed):
+    """What an attack takes: a copy of the model, the attacker's data, an optimiser."""
+    args = SimpleNamespace(batch_size=batch_size, dataset=evaluation.protocol["dataset"])
+    data = attack.AttackData(*pictures, evaluation.targets, args)
+    attacked = copy.deepcopy(model).train()
+    optimizer = torch.optim.Adam(attacked.parameters(), rate, fused=True)
+    torch.manual_seed(seed)
+    return attacked, data, optimizer
 
 def relearn(model, evaluation, train, seed):
     """AR at POINTS of DiMRA with the retained data, and the leak on the way."""
     images, y = train
     keep = ~matches(y, evaluation.targets)
-    args = SimpleNamespace(batch_size=32, dataset=evaluation.protocol["dataset"], steps=POINTS[-1])
-    data = attack.AttackData(images[keep], y[keep], evaluation.targets, args)
-    attacked = copy.deepcopy(model).train()
-    optimizer = torch.optim.Adam(attacked.parameters(), 1e-3, fused=True)
-    torch.manual_seed(seed)
-    result = {"ar_0": ar_of(attacked, evaluation, 0)}
-    for step, _ in enumerate(attack.dimra(attacked, data, optimizer, args), 1):
+    attacked, data, optimizer = prepare_attack(model, (images[keep], y[keep]), evaluation, 32, 1e-3,
+                                               seed)
+    result = {}
+    result["ar_0"], _ = measure_ar(attacked, evaluation, 0)
+    training = attack.dimra(attacked, data, optimizer, SimpleNamespace(steps=POINTS[-1]))
+    for step, _ in enumerate(training, 1):
         if step in POINTS:
-            metrics, samples = fid.measure(attacked, evaluation, step, "ar", retained=False)
-            result[f"ar_{step}"] = metrics["ar"]
+            result[f"ar_{step}"], samples = measure_ar(attacked, evaluation, step)
         if step in (100, 400):
             result[f"leak_{step}"] = fid.leak(attacked, evaluation, step)["leak"]
     result["second_ar_400"] = score_again(samples, evaluation.forget, evaluation)["ar"]
@@ -268,16 +276,12 @@ def relearn(model, evaluation, train, seed):
 def invert(model, evaluation, train, seed):
     """The AR of an attacker with ten pictures of the target, who trains its embedding alone."""
     pictures = attack.forgotten_images(*train, evaluation.targets, 10, beside_retained=False)
-    args = SimpleNamespace(batch_size=16, dataset=evaluation.protocol["dataset"], steps=150)
-    data = attack.AttackData(*pictures, evaluation.targets, args)
-    attacked = copy.deepcopy(model).train()
-    optimizer = torch.optim.Adam(attacked.parameters(), 0.05, fused=True)
-    torch.manual_seed(seed)
-    for _ in attack.inversion(attacked, data, optimizer, args):
+    attacked, data, optimizer = prepare_attack(model, pictures, evaluation, 16, 0.05, seed)
+    for _ in attack.inversion(attacked, data, optimizer, SimpleNamespace(steps=150)):
         pass
-    metrics, samples = fid.measure(attacked, evaluation, args.steps, "ar", retained=False)
+    ar, samples = measure_ar(attacked, evaluation, 150)
     second = score_again(samples, evaluation.forget, evaluation)
-    return {"inversion": metrics["ar"], "second_inversion": second["ar"]}
+    return {"inversion": ar, "second_inversion": second["ar"]}
 
 # ---- command line --------------------------------------------------------------------------------
 
