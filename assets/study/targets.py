@@ -181,7 +181,7 @@ def weight(dataset, target, arm, weight):
     """A row of weights.csv: what an arm forgets and retains with a weight."""
     _, model, evaluation, _, line = forget(dataset, target, arm, seed=100, weight=float(weight))
     metrics, _ = fid.measure(model, evaluation, line["steps"], "ua")
-    write("weights.csv", {**line, **{key: metrics[key] for key in FORGOTTEN}})
+    write("weights.csv", {**line, **{key: metrics.get(key) for key in FORGOTTEN}})
 
 def cell(dataset, target, arm, seed):
     """A row of targets.csv: what an arm forgets of a target, and what the attacks bring back. A run
@@ -189,7 +189,7 @@ def cell(dataset, target, arm, seed):
     before, model, evaluation, train, line = forget(dataset, target, arm, int(seed),
                                                     weight_of(dataset, arm))
     metrics, samples = fid.measure(model, evaluation, line["steps"], "ua")
-    line.update({key: metrics[key] for key in FORGOTTEN})
+    line.update({key: metrics.get(key) for key in FORGOTTEN})
     y = torch.cat([evaluation.forget, evaluation.retain])
     line["second_ua"] = score_again(samples, y, evaluation)["ua"]
     changes = [(p - p0).square().sum() for p, p0 in zip(model.parameters(), before.parameters())]
