@@ -1,175 +1,321 @@
-"""The study's measurements and tables; the plan, run.sh, calls most of it.
+"""The study: where a model forgets decides what brings it back. The plan, its runs, its tables.
 
-    python assets/study/study.py tables                   # print results.csv, draw curves.png
-    python assets/study/study.py figure OUT.png RUN RUN   # attacks' pictures, one below the other
-    python assets/study/study.py second_classifier        # train the classifier for a second look
-    python assets/study/study.py row NAME MODEL ATTACK    # a row: a model, and the attack on it
-    python assets/study/study.py points NAME MODEL        # a row for each point while it unlearned
-    python assets/study/study.py invert MODEL             # a row for each of eighteen inversions
+    python assets/study/study.py tables               # print results.csv as tables, draw curves.png
+    bash assets/study/run.sh                          # run what has no row yet, two jobs at once
+    python assets/study/study.py cell shapes cls=square dimum-unet 0          # a row of results.csv
+    python assets/study/study.py invert shapes cls=square twice       # sixteen of inversions.csv
+    python assets/study/study.py weight shapes cls=bar salun-low 1e-3 # a row of tries.csv
+    python assets/study/study.py plan                 # cells without a row; `tries`: the weights
+    python assets/study/study.py second_classifier shapes
+    python assets/study/study.py law OUT.png LABEL... # a row of pictures for each of these runs
+    python assets/study/study.py nothing OUT.png RUN  # what is drawn without a label
 
-MODEL and ATTACK are run folders; that of `invert` is named without the path. The environment can
-change two places: CSV, where rows are added and read (results.csv beside this file) and beside
-which pictures go, and RUNS, where the study's models lie (runs/study).
+The targets are all classes and styles of shapes but bar and dots, and all classes of Fashion-MNIST
+but bag: these three choose the weights. The environment can name another folder for the tables
+(TABLES), and for the second classifiers and the pictures of the runs (RUNS).
 """
 import copy
 import csv
-import json
 import os
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
+import scipy.stats
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+from torchvision.datasets import FashionMNIST
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))        # where the scripts lie
 
 import attack
 import fid
-from model import (T, ddim_sample, diffusion_loss, linear_schedule, load_checkpoint, load_file,
-                   make_parser, pairs_text, pick_device, require, run, save_grid, save_picture,
-                   save_plot, shipped, split_output, to_uint8)
-from train_ddpm import descend, load_data
+import unlearn
+from model import (FACTORS, find_value, load_checkpoint, load_file, make_parser, matches,
+                   pick_device, run, save_grid, save_picture, shipped)
+from train_ddpm import SHAPES, learnable, load_data
 
-CSV = Path(os.environ.get("CSV", HERE / "results.csv"))
+TABLES = Path(os.environ.get("TABLES", HERE))
 RUNS = Path(os.environ.get("RUNS", "runs/study"))
 DEVICE = pick_device("auto")
-SAMPLES = 600                   # of an unlearned model: a third shows the target
-END_SAMPLES = 240               # of an attacked one, as in its curve
 
-# ---- rows of results.csv -------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
-POINTS = (0, 50, 100, 200, 300, 400, 700, 1000, 2000, 3000)         # steps of attacks
-TEXT_COLUMNS = ("name", "method", "target", "aux", "alternative")
-COLUMNS = [
-    "name", "method", "target", "seed", "aux",
-    "steps", "batch_size", "lr", "weight", "alternative", "seconds",
-    "ua", "cls", "style", "fid", "fid_error", "none",               # before the attack
-    "second_ua", "second_cls", "second_style",                      # by the second classifier
-    *(f"ar_{step}" for step in POINTS), "second_ar_end",
-    "end_cls", "end_style", "end_fid", "end_fid_error", "end_none", # after the attack
-    "moved", "attack_moved", "undone"]                              # see `distances`
+# what is run: the method, what may learn, steps and rate
+ARMS = {
+    "original": dict(method="finetune", learn="all", steps=0, lr=1e-3),
+    "dimum-all": dict(method="dimum", learn="all", steps=200, lr=1e-3),
+    "dimum-label": dict(method="dimum", learn="label", steps=200, lr=1e-3),
+    "dimum-unet": dict(method="dimum", learn="unet", steps=200, lr=1e-3),
+    "salun-all": dict(method="salun", learn="all", steps=200, lr=1e-3),
+    "salun-label": dict(method="salun", learn="label", steps=200, lr=1e-3),
+    "salun-unet": dict(method="salun", learn="unet", steps=200, lr=1e-3),
+    "twice": dict(method="twice", learn="all", steps=200, lr=1e-3),
+    "twice-400": dict(method="twice", learn="all", steps=400, lr=1e-3),
+    "sfron": dict(method="sfron", learn="all", steps=200, lr=1e-3),
+    "swap": dict(method="swap", learn="all", steps=0, lr=1e-3),
+    "dimum-low": dict(method="dimum", learn="all", steps=200, lr=3e-4),
+    "salun-low": dict(method="salun", learn="all", steps=200, lr=3e-4),
+}
+# {(dataset, method, rate): weight}, chosen on bar, dots and bag (tries.csv) by UA of at least 99 %,
+# then by the shares of what is retained, then by FID. What may learn does not change it, and
+# `twice`, which has DiMUM's loss, has DiMUM's
+WEIGHTS = {
+    ("shapes", "dimum", 1e-3): 1.0,
+    ("shapes", "salun", 1e-3): 3e-3,
+    ("shapes", "sfron", 1e-3): 10.0,
+}
+TRIES = {                                          # {(dataset, arm): the weights that are tried}
+    ("shapes", "dimum-low"): (0.3, 1.0, 3.0),
+    ("shapes", "salun-low"): (3e-4, 1e-3, 3e-3),
+    ("fashion", "dimum-all"): (0.3, 1.0, 3.0),
+    ("fashion", "salun-all"): (1e-3, 3e-3, 1e-2),
+}
+CHOOSING = {"shapes": ("cls=bar", "style=dots"), "fashion": ("cls=Bag",)}
 
-def write(line):
-    """Add a row, a dict by COLUMNS; floats are rounded to five digits."""
+AGAIN = ["cls=square", "cls=heart", "style=sketch", "style=neon"]      # with a second seed
+SHAPES_TARGETS = AGAIN + ["style=flat", "style=stripes"] + [
+    f"cls={name}" for name in SHAPES if name not in ("bar", "square", "heart")]
+FASHION_TARGETS = [f"cls={name}" for name in FashionMNIST.classes if name != "Bag"]
+MAIN_ARMS = ["dimum-label", "dimum-unet", "dimum-all", "twice", "salun-all"]
+MORE_ARMS = ["original", "salun-label", "salun-unet", "twice-400", "dimum-low", "salun-low", "swap"]
+
+def planned():
+    """The cells (dataset, target, arm, seed), what matters most first."""
+    cells = [product(["shapes"], SHAPES_TARGETS, MAIN_ARMS, [0]),
+             product(["fashion"], FASHION_TARGETS, MAIN_ARMS[:-1], [0]),
+             product(["shapes"], SHAPES_TARGETS, MORE_ARMS, [0]),
+             product(["fashion"], FASHION_TARGETS, ["original", "salun-all"], [0]),
+             product(["shapes"], SHAPES_TARGETS, ["sfron"], [0]),
+             product(["shapes"], AGAIN, MAIN_ARMS, [1])]
+    return chain(*cells)
+
+def tries():
+    """Print the weights that were not tried yet, one a line, as the words after `weight`."""
+    done = {(line["method"], line["target"], float(line["rate"]), float(line["weight"]))
+            for line in read_rows("tries.csv") if line["what"] == "weight"}
+    for (dataset, arm), weights in TRIES.items():
+        for target, weight in product(CHOOSING[dataset], weights):
+            value = target.partition("=")[2]
+            if (ARMS[arm]["method"], value, ARMS[arm]["lr"], weight) not in done:
+                print(f"{dataset} {target} {arm} {weight}")
+
+def missing():
+    """The planned cells that have no row yet."""
+    done = {line["name"] for line in read_rows("results.csv")}
+    return [words for words in planned() if cell_name(*words) not in done]
+
+def plan():
+    """Print the missing cells, one a line, as the words after `cell`."""
+    for dataset, target, arm, seed in missing():
+        print(f"{dataset} '{target}' {arm} {seed}")
+
+def weight_of(dataset, arm):
+    """The chosen weight, or 1 for a method that has none."""
+    method = ARMS[arm]["method"]
+    if method == "twice":
+        method = "dimum"
+    return WEIGHTS.get((dataset, method, ARMS[arm]["lr"]), 1.0)
+
+def cell_name(dataset, target, arm, seed):
+    return f"{dataset} {target} {arm} {seed}"
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+POINTS = (0, 25, 50, 100, 200, 400)                # steps of DiMRA
+INVERSION_POINTS = (75, 150)
+FORGOTTEN = ["ua", "cls", "style", "fid", "fid_error", "none", "leak"]
+COLUMNS = {
+    "results.csv": [
+        "name", "dataset", "target", "arm", "seed", "steps", "lr", "weight", "seconds",
+        *FORGOTTEN, "second_ua", "moved",
+        "back_row", "back_mlp", "back_path",       # AR with parts of the original put back
+        *(f"ar_{step}" for step in POINTS), "second_ar_400", "leak_100", "leak_400",
+        *(f"inversion_{step}" for step in INVERSION_POINTS), "second_inversion"],
+    "tries.csv": [
+        "what", "method", "target", "seed", "steps", "batch", "rate", "weight", "samples",
+        "ua", "cls", "style", "fid", "fid_error", "none", "seconds", "ar", "chosen", "note"],
+    "inversions.csv": ["name", "attacker", "ar_100", "ar_300"],
+}
+
+def write(table, line):
+    """Add a row, a dict by COLUMNS; floats are rounded to four digits."""
     rounded = {}
     for key, value in line.items():
         if isinstance(value, float):
-            value = float(f"{value:.5g}")
+            value = float(f"{value:.4g}")
         rounded[key] = value
-    is_new = not CSV.exists()
-    with open(CSV, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(rounded)
+    path = TABLES / table
+    with suppress(FileExistsError), open(path, "x", newline="") as file:
+        csv.DictWriter(file, COLUMNS[table]).writeheader()
+    with open(path, "a", newline="") as file:
+        csv.DictWriter(file, COLUMNS[table]).writerow(rounded)
 
-def read_result(folder):
-    """The result.json of a run folder, a dict."""
-    path = Path(folder, "result.json")
-    require(path.is_file(), f"{folder} holds no result.json; name the folder of a finished run")
-    return json.loads(path.read_text("utf-8"))
+def read_rows(table):
+    """The rows of a table: dicts of text."""
+    path = TABLES / table
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
-def prepare(info, samples):
-    """fid's Evaluation of a model of shapes, by the same samples in the whole study."""
-    images, y, _ = load_data("shapes", "train", device=DEVICE)
-    forgotten = info["forgotten"]
-    args = SimpleNamespace(dataset="shapes", data_dir="data", samples=samples, sampler_steps=20,
-                           seed=0)
-    return fid.prepare_evaluation(info, images, y, forgotten, forgotten, args)
+# ---- a cell --------------------------------------------------------------------------------------
 
-def second_classifier():
-    """Train a classifier with another seed and twice the width, into RUNS/second_classifier."""
-    fid.CLASSIFIERS["shapes"] = (48, 3000)         # width and steps
-    args = SimpleNamespace(dataset="shapes", data_dir="data", image_size=32, steps=None,
-                           batch_size=None, seed=1, out=RUNS / "second_classifier")
-    fid.train_classifier(args, DEVICE)
+def forget(dataset, target, arm, seed, weight):
+    """Unlearn as an arm says. Returns (the model before, the model after, evaluation, training set,
+    seconds)."""
+    settings = ARMS[arm]
+    before, info = load_checkpoint(shipped(f"{dataset}.pt"), DEVICE)
+    images, y, names = load_data(dataset, "train", device=DEVICE)
+    flag, _, name = target.partition("=")
+    factor = FACTORS.index(flag)
+    pairs = [(factor, find_value(name, names[factor], target))]
+    args = SimpleNamespace(dataset=dataset, data_dir="data", seed=seed, steps=settings["steps"],
+                           lr=settings["lr"], weight=weight, batch_size=16, alternative="class",
+                           alt_size=None, samples=240, sampler_steps=20)
+    evaluation = fid.prepare_evaluation(info, images, y, pairs, pairs, args)
+    torch.manual_seed(seed)
+    data = unlearn.Data(images, y, names, pairs, [], args)
+    model = copy.deepcopy(before).train()
+    unlearn.choose_learning(model, settings["learn"])
+    optimizer = torch.optim.Adam(learnable(model), args.lr, fused=True)
+    training = unlearn.METHODS[settings["method"]]["function"](model, data, optimizer, args)
+    began = time.time()
+    for _ in unlearn.cosine(training, optimizer, args.steps):
+        pass
+    seconds = time.time() - began
+    unlearn.choose_learning(model, "all")
+    return before, model, evaluation, (images, y), seconds
+
+def weight(dataset, target, arm, weight):
+    """A row of tries.csv: what an arm forgets and retains with a weight."""
+    settings = ARMS[arm]
+    _, model, evaluation, _, seconds = forget(dataset, target, arm, seed=100, weight=float(weight))
+    metrics, _ = fid.measure(model, evaluation, settings["steps"], "ua")
+    line = dict(what="weight", method=settings["method"], target=target.partition("=")[2],
+                seed=100, steps=settings["steps"], batch=16, rate=settings["lr"], weight=weight,
+                samples=f"{len(evaluation.forget)}+{len(evaluation.retain)}", seconds=seconds)
+    write("tries.csv", {**line, **{key: metrics.get(key) for key in FORGOTTEN[:-1]}})
+
+def cell(dataset, target, arm, seed):
+    """A row of results.csv: what an arm forgets of a target, and what the attacks bring back. A run
+    with a UA below 95 % is not attacked: its columns stay empty."""
+    seed = int(seed)
+    weight = weight_of(dataset, arm)
+    before, model, evaluation, train, seconds = forget(dataset, target, arm, seed, weight)
+    line = dict(name=cell_name(dataset, target, arm, seed), dataset=dataset, target=target, arm=arm,
+                seed=seed, steps=ARMS[arm]["steps"], lr=ARMS[arm]["lr"], weight=weight,
+                seconds=seconds)
+    metrics, samples = fid.measure(model, evaluation, line["steps"], "ua")
+    line.update({key: metrics.get(key) for key in FORGOTTEN})
+    y = torch.cat([evaluation.forget, evaluation.retain])
+    line["second_ua"] = score_again(samples, y, evaluation)["ua"]
+    changes = [(p - p0).square().sum() for p, p0 in zip(model.parameters(), before.parameters())]
+    line["moved"] = sum(changes).sqrt().item()
+    if metrics["ua"] >= 0.95:
+        few = replace(evaluation, forget=evaluation.forget[::2])
+        if ARMS[arm]["learn"] == "all":
+            line.update(put_back(before, model, few))
+        relearned, shown = relearn(model, few, train, seed)
+        inverted, shown_inverted = invert_once(model, few, train, seed)
+        line.update(relearned, **inverted)
+        rows = torch.cat([samples[:len(evaluation.forget):4], shown[::2], shown_inverted[::2]])
+        save_grid(rows, RUNS / "pictures" / f"{line['name']}.png", columns=20,
+                  rows=["unlearned", "DiMRA", "inversion"])
+    write("results.csv", line)
 
 def score_again(samples, y, evaluation):
-    """Metrics of the samples by the second classifier. It has no FID: the features differ."""
-    data = load_file(RUNS / "second_classifier" / "model.pt", "classifier")
+    """Metrics of samples by the second classifier of the dataset."""
+    path = RUNS / f"second_classifier-{evaluation.protocol['dataset']}" / "model.pt"
+    data = load_file(path, "classifier")
     classifier = fid.Classifier(**data["args"]).to(DEVICE).eval()
     classifier.load_state_dict(data["weights"])
-    second = replace(evaluation, classifier=classifier, reference=None)
-    return fid.score(samples, y, second)
+    return fid.score(samples, y, replace(evaluation, classifier=classifier, reference=None))
 
-def row(name, unlearned, attacked):
-    """Both classifiers on the samples of an unlearned model, and the curve of the attack on it."""
-    model, info = load_checkpoint(unlearned, DEVICE)
-    after, _ = load_checkpoint(attacked, DEVICE)
-    result = read_result(attacked)
-    made_by = info["made_by"]
-    settings = made_by.get("settings", made_by)    # a retrained model has no dict of its own
+def second_classifier(dataset):
+    """Train a classifier with another seed and more width."""
+    _, steps = fid.CLASSIFIERS[dataset]
+    fid.CLASSIFIERS[dataset] = (40, steps)
+    args = SimpleNamespace(dataset=dataset, data_dir="data", image_size=32, steps=None,
+                           batch_size=None, seed=1, out=RUNS / f"second_classifier-{dataset}")
+    fid.train_classifier(args, DEVICE)
 
-    evaluation = prepare(info, SAMPLES)
-    first, samples = fid.measure(model, evaluation, 0, "ua")
-    y = torch.cat([evaluation.forget, evaluation.retain])
-    second = score_again(samples, y, evaluation)
-    evaluation = prepare(info, END_SAMPLES)
-    _, samples = fid.measure(after, evaluation, result["curve"][-1]["step"], "ar", retained=False)
-    second_end = score_again(samples, evaluation.forget, evaluation)
+def put_back(before, model, evaluation):
+    """The AR after parts of the original are put back: the label's row; with it its MLP; with these
+    the blocks' projections of label and time, which all labels share."""
+    [(factor, value)] = evaluation.targets
+    original = dict(before.named_parameters())
+    again = copy.deepcopy(model)
+    result = {}
+    with torch.no_grad():
+        again.label_embs[factor].weight[value] = before.label_embs[factor].weight[value]
+        result["back_row"], _ = measure_ar(again, evaluation, "row")
+        again.label_mlps[factor].load_state_dict(before.label_mlps[factor].state_dict())
+        result["back_mlp"], _ = measure_ar(again, evaluation, "mlp")
+        for name, p in again.named_parameters():
+            if ".emb." in name:
+                p.copy_(original[name])
+        result["back_path"], _ = measure_ar(again, evaluation, "path")
+    return result
 
-    line = {"name": name, "method": result["method"], "target": result["forget"],
-            "seed": result["attack"]["seed"], "aux": result["attack"]["aux"],
-            "seconds": read_result(unlearned)["seconds"]}
-    for key in ("steps", "batch_size", "lr", "weight", "alternative"):
-        line[key] = settings.get(key)
-    for key in ("ua", "cls", "style", "fid", "fid_error", "none"):
-        line[key] = first[key]
-    for key in ("ua", "cls", "style"):
-        line[f"second_{key}"] = second[key]
-    for point in result["curve"]:
-        line[f"ar_{point['step']}"] = point["ar"]
-    line["second_ar_end"] = second_end["ar"]
-    for key in ("cls", "style", "fid", "fid_error", "none"):
-        line[f"end_{key}"] = result["curve"][-1][key]
-    if "from" in made_by:
-        line.update(distances(model, after))
-    write(line)
+def measure_ar(model, evaluation, step):
+    """The AR of a model, and the samples that show it."""
+    metrics, samples = fid.measure(model, evaluation, step, "ar", retained=False)
+    return metrics["ar"], samples
 
-def flat_weights(model):
-    """All weights in one vector."""
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+def prepare_attack(model, pictures, evaluation, batch_size, rate, seed):
+    """What an attack takes: a copy of the model, the attacker's data, an optimiser."""
+    args = SimpleNamespace(batch_size=batch_size, dataset=evaluation.protocol["dataset"])
+    data = attack.AttackData(*pictures, evaluation.targets, args)
+    attacked = copy.deepcopy(model).train()
+    optimizer = torch.optim.Adam(attacked.parameters(), rate, fused=True)
+    torch.manual_seed(seed)
+    return attacked, data, optimizer
 
-def distances(unlearned, attacked):
-    """How far unlearning and then the attack moved the weights, and which share of the first way
-    the attack went back: the projection on it, 1 if all."""
-    original, _ = load_checkpoint(shipped("shapes.pt"), DEVICE)
-    way = flat_weights(unlearned) - flat_weights(original)
-    way_back = flat_weights(attacked) - flat_weights(unlearned)
-    undone = -(way_back @ way) / way.square().sum()
-    return {"moved": way.norm().item(), "attack_moved": way_back.norm().item(),
-            "undone": undone.item()}
+def relearn(model, evaluation, train, seed):
+    """AR at POINTS of DiMRA with the retained data, and the leak on the way. Returns (columns,
+    the last samples)."""
+    images, y = train
+    keep = ~matches(y, evaluation.targets)
+    attacked, data, optimizer = prepare_attack(model, (images[keep], y[keep]), evaluation, 32, 1e-3,
+                                               seed)
+    columns = {}
+    columns["ar_0"], _ = measure_ar(attacked, evaluation, 0)
+    training = attack.dimra(attacked, data, optimizer, SimpleNamespace(steps=POINTS[-1]))
+    for step, _ in enumerate(training, 1):
+        if step in POINTS:
+            columns[f"ar_{step}"], samples = measure_ar(attacked, evaluation, step)
+        if step in (100, 400):
+            columns[f"leak_{step}"] = fid.leak(attacked, evaluation, step)["leak"]
+    columns["second_ar_400"] = score_again(samples, evaluation.forget, evaluation)["ar"]
+    return columns, samples
 
-def points(name, folder):
-    """A row for each point at which an unlearning was measured."""
-    result = read_result(folder)
-    for point in result["curve"]:
-        step = point["step"]
-        line = {"name": f"{name}-{step}", "method": result["method"], "target": result["forget"],
-                "seed": result["seed"], "steps": step}
-        for key in ("ua", "cls", "style", "fid", "fid_error", "none"):
-            line[key] = point[key]
-        write(line)
+def invert_once(model, evaluation, train, seed):
+    """AR at INVERSION_POINTS of an attacker with ten pictures of the target, who trains its
+    embedding alone. Returns (columns, the last samples)."""
+    pictures = attack.forgotten_images(*train, evaluation.targets, 10, beside_retained=False)
+    attacked, data, optimizer = prepare_attack(model, pictures, evaluation, 16, 0.05, seed)
+    training = attack.inversion(attacked, data, optimizer,
+                                SimpleNamespace(steps=INVERSION_POINTS[-1]))
+    columns = {}
+    for step, _ in enumerate(training, 1):
+        if step in INVERSION_POINTS:
+            columns[f"inversion_{step}"], samples = measure_ar(attacked, evaluation, step)
+    columns["second_inversion"] = score_again(samples, evaluation.forget, evaluation)["ar"]
+    return columns, samples
 
-# ---- inversion -----------------------------------------------------------------------------------
-
-def inversion_with_mlp(model, data, optimizer, args):
-    """attack.inversion, where the network behind the embedding (the label's MLP) learns, too."""
-    [(factor, _)] = data.targets
-    learned = (f"label_embs.{factor}.", f"label_mlps.{factor}.")
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(learned))
-    for _ in range(args.steps):
-        loss = diffusion_loss(model, *data.auxiliary(), p_drop=0).mean()
-        yield descend(loss, model, optimizer)
+# ---- sixteen attackers ---------------------------------------------------------------------------
 
 def attackers(table, value):
-    """{name: (pictures, rate, start, function)}: sixteen from several starts in the embedding table
-    (values + 1, width) of the forgotten value, and one who trains more."""
+    """{name: (pictures, rate, start)}: sixteen who train an embedding, from several starts in the
+    embedding table (values + 1, width) of the forgotten value. A name is pictures-rate-start."""
     torch.manual_seed(0)
     others = [v for v in torch.randperm(len(table) - 1).tolist() if v != value]
     starts = {"own": table[value]}
@@ -179,125 +325,62 @@ def attackers(table, value):
     found = {}
     for rate in (0.02, 0.05, 0.2):
         for name, start in starts.items():
-            found[f"10-{rate}-{name}"] = (10, rate, start, attack.inversion)
-    found["100-0.05-own"] = (100, 0.05, table[value], attack.inversion)
-    found["10-0.003-mlp"] = (10, 0.003, table[value], inversion_with_mlp)
+            found[f"10-{rate}-{name}"] = (10, rate, start)
+    found["100-0.05-own"] = (100, 0.05, table[value])
     return found
 
-def train_attacker(model, start, function, rate, data, evaluation):
-    """[(step, AR, samples)] at two points of an inversion that starts from the embedding `start`;
-    the model stays as it is."""
+def invert(dataset, target, arm):
+    """A row of inversions.csv for each of the sixteen attackers on an arm's model (seed 0)."""
+    name = cell_name(dataset, target, arm, 0)
+    done = {(line["name"], line["attacker"]) for line in read_rows("inversions.csv")}
+    _, model, evaluation, train, _ = forget(dataset, target, arm, 0, weight_of(dataset, arm))
+    evaluation = replace(evaluation, forget=evaluation.forget[::2])
     [(factor, value)] = evaluation.targets
-    attacked = copy.deepcopy(model).train()
-    attacked.label_embs[factor].weight.data[value] = start
-    optimizer = torch.optim.Adam(attacked.parameters(), rate, fused=True)
-    torch.manual_seed(0)
-    training = function(attacked, data, optimizer, SimpleNamespace(steps=300))
-    measured = []
-    for step, _ in enumerate(training, 1):
-        if step in (100, 300):
-            metrics, samples = fid.measure(attacked, evaluation, step, "ar", retained=False)
-            measured.append((step, metrics["ar"], samples))
-    return measured
-
-def invert(name):
-    """A row for each attacker who has pictures of what RUNS/name forgot, and a picture of what the
-    strongest of the sixteen who train the embedding alone got. All are written at the end."""
-    model, info = load_checkpoint(RUNS / name, DEVICE)
-    forgotten = info["forgotten"]
-    [(factor, value)] = forgotten
-    train = load_data("shapes", "train", device=DEVICE)[:2]
-    evaluation = prepare(info, samples=120)
-    args = SimpleNamespace(batch_size=16, dataset="shapes")
-    about = {"method": info["made_by"]["method"], "target": pairs_text(forgotten, info["names"]),
-             "seed": info["made_by"]["seed"]}
-    lines = []
-    best_ar = -1
     table = model.label_embs[factor].weight.detach().clone()
-    for attacker, (count, rate, start, function) in attackers(table, value).items():
-        pictures, y = attack.auxiliary_set(f"forget:{count}", model, info, train, forgotten, "data")
-        data = attack.AttackData(pictures, y, forgotten, args)
-        line = {"name": f"{name}-invert-{attacker}", **about, "aux": f"inversion:{count}"}
-        for step, ar, samples in train_attacker(model, start, function, rate, data, evaluation):
-            line[f"ar_{step}"] = ar
-            if ar > best_ar and function is attack.inversion:
-                best_ar = ar
-                best_samples = samples
-        lines.append(line)
-    save_grid(best_samples[::4], CSV.parent / f"{name}-invert.png", columns=10)
-    ar = ar_near_pictures(name, model, info, train, evaluation)
-    lines.append({"name": f"{name}-invert-10-x_T", **about, "aux": "inversion:10", "ar_300": ar})
-    for line in lines:
-        write(line)
+    for attacker, (count, rate, start) in attackers(table, value).items():
+        if (name, attacker) in done:
+            continue
+        pictures = attack.forgotten_images(*train, evaluation.targets, count, beside_retained=False)
+        attacked, data, optimizer = prepare_attack(model, pictures, evaluation, 16, rate, seed=0)
+        attacked.label_embs[factor].weight.data[value] = start
+        line = dict(name=name, attacker=attacker)
+        training = attack.inversion(attacked, data, optimizer, SimpleNamespace(steps=300))
+        for step, _ in enumerate(training, 1):
+            if step in (100, 300):
+                line[f"ar_{step}"], _ = measure_ar(attacked, evaluation, step)
+        write("inversions.csv", line)
 
-def noise_of(model, x, y, steps=20):
-    """The noise from which DDIM draws about the images x (N, C, H, W) in [-1, 1]: the steps of
-    `ddim_sample` the other way, without guidance."""
-    a = linear_schedule()[1].tolist() + [1.0]          # a[-1] belongs to x_0
-    times = [-1] + [i * T // steps for i in range(steps)]
-    for t, t_next in zip(times, times[1:]):
-        batch_t = torch.full((len(x),), t_next, device=x.device)
-        x0, eps = split_output(model, model(x, batch_t, y), x, a[t])
-        x = a[t_next] ** 0.5 * x0 + (1 - a[t_next]) ** 0.5 * eps
-    return x
+# ---- tables --------------------------------------------------------------------------------------
 
-@torch.inference_mode()
-def ar_near_pictures(name, model, info, train, evaluation):
-    """The AR of an attacker who trains nothing: he draws from noise halfway between fresh noise and
-    that of ten pictures of the target."""
-    pictures, y = attack.auxiliary_set("forget:10", model, info, train, info["forgotten"], "data")
-    torch.manual_seed(0)
-    noise = noise_of(model, pictures.float() / 127.5 - 1, y).repeat(4, 1, 1, 1)
-    y = y.repeat(4, 1)
-    halfway = (noise + torch.randn_like(noise)) / 2 ** 0.5
-    x = ddim_sample(model, halfway, y, guidance=2.0, steps=20).clamp(-1, 1).cpu()
-    save_grid(to_uint8(x), RUNS / f"{name}-x_T.png", columns=10)
-    return fid.score(x, y.cpu(), evaluation)["ar"]
+TEXT = ("name", "dataset", "target", "arm")
 
-# ---- tables and curves ---------------------------------------------------------------------------
+def read_results(seed=0):
+    """{arm: {(dataset, target): row}} of a seed; numbers are floats, or None where nothing is."""
+    runs = {arm: {} for arm in ARMS}
+    for line in read_rows("results.csv"):
+        for key, text in line.items():
+            if key not in TEXT:
+                line[key] = float(text) if text else None
+        if line["seed"] == seed:
+            runs[line["arm"]][line["dataset"], line["target"]] = line
+    return runs
 
-def read_rows():
-    """The rows of results.csv, dicts. Numbers are floats, or None where there is none."""
-    rows = []
-    with open(CSV, newline="") as file:
-        for line in csv.DictReader(file):
-            for key in COLUMNS:
-                if key not in TEXT_COLUMNS:
-                    line[key] = float(line[key]) if line[key] else None
-            rows.append(line)
-    return rows
+def group_of(key):
+    """Classes, styles, or the classes of Fashion-MNIST; key: (dataset, target)."""
+    dataset, target = key
+    if dataset == "fashion":
+        return "Fashion"
+    return "classes" if target.startswith("cls") else "styles"
 
-def budget_of(line):
-    """(budget, more) from the name of a run, such as dimum-sketch-low-0: ("low", ""), or
-    dimum-sketch-low-0-heldout: ("low", "heldout")."""
-    value = line["target"].split()[1]
-    rest = line["name"].removeprefix(f"{line['method']}-{value}")
-    if not rest:                                       # a retrained model
-        return "-", ""
-    _, budget, _, *more = rest.split("-")              # the third is the seed
-    return budget, " ".join(more)
+def higher_ar(line):
+    """The AR of the stronger of the two attackers, each at its end."""
+    return max(line["ar_400"], line["inversion_150"])
 
-def group_seeds(attacked):
-    """{(target, method, budget, more): rows}, where only the seed differs."""
-    groups = {}
-    for line in attacked:
-        key = (line["target"], line["method"], *budget_of(line))
-        groups.setdefault(key, []).append(line)
-    return dict(sorted(groups.items()))
-
-def curve_of(line):
-    """The attack's steps at which AR was measured, and AR in percent there."""
-    steps = [step for step in POINTS if line[f"ar_{step}"] is not None]
-    return steps, [100 * line[f"ar_{step}"] for step in steps]
-
-def cell(runs, key, scale=100):
-    """The mean of a column, with lowest and highest where these lie more than two apart."""
-    values = [scale * line[key] for line in runs if line[key] is not None]
-    if not values:
-        return "-"
-    low, high = min(values), max(values)
-    ends = f" ({low:.0f}..{high:.0f})" if high - low > 2 else ""
-    return f"{fmean(values):.1f}{ends}"
+def mean(lines, key, scale=100):
+    """The mean of a column, or of a function of a row, over the rows that have it, or "-"."""
+    values = [key(line) if callable(key) else line[key] for line in lines]
+    values = [scale * value for value in values if value is not None]
+    return f"{fmean(values):.1f}" if values else "-"
 
 def print_table(title, head, lines):
     """A Markdown table; head: the columns' names, such as "a | b"."""
@@ -307,181 +390,259 @@ def print_table(title, head, lines):
         print(f"| {' | '.join(map(str, line))} |")
     print()
 
-def print_results(groups):
-    """What was forgotten, what was retained, and what the attack brought back."""
+def print_arms(runs, title):
+    """A line for each arm: what it forgot and retained, and what came back."""
     lines = []
-    for key, runs in groups.items():
-        error = fmean(line["fid_error"] for line in runs)
-        line = [*key, len(runs)]
-        line += [cell(runs, column) for column in ("ua", "cls", "style")]
-        line.append(f"{cell(runs, 'fid', scale=1)} +- {error:.0f}")
-        line += [cell(runs, f"ar_{step}") for step in (100, 400, 1000)]
-        lines.append(line)
-    print_table("Results: shares in percent, means of the seeds", "target | method | budget | more "
-                "| seeds | UA | class | style | FID | AR 100 | AR 400 | AR 1000", lines)
+    for arm, of_target in runs.items():
+        rows = list(of_target.values())
+        attacked = [line for line in rows if line["ar_400"] is not None]
+        if not rows:
+            continue
+        line = [arm, len(rows), len(attacked)]
+        line += [mean(rows, key) for key in ("ua", "cls", "style")]
+        line += [mean(rows, "fid", scale=1), mean(rows, "leak")]
+        line += [mean(attacked, key) for key in ("leak_100", "leak_400")]
+        line += [mean(attacked, key) for key in ("ar_0", "ar_100", "ar_400", "inversion_150")]
+        lines.append([*line, mean(attacked, higher_ar)])
+    print_table(title, "arm | targets | forgotten | UA | class | style | FID | leak | leak 100 "
+                "| leak 400 | AR before | DiMRA 100 | DiMRA 400 | inversion | higher", lines)
 
-def print_costs(groups):
-    """What unlearning took, and what it and the attack did besides."""
-    lines = []
-    for key, runs in groups.items():
-        line = [*key, cell(runs, "seconds", scale=1)]
-        line += [cell(runs, column) for column in ("none", "end_cls", "end_style")]
-        line += [cell(runs, column, scale=1) for column in ("end_fid", "moved", "attack_moved")]
-        line.append(cell(runs, "undone"))
-        lines.append(line)
-    print_table("Costs and distances: seconds of unlearning (other jobs ran beside it); class, "
-                "style and FID after the attack; how far unlearning and the attack moved the "
-                "weights, and how much of the first, in percent, the second undid",
-                "target | method | budget | more | seconds | none | class | style | FID | moved "
-                "| attack moved | undone", lines)
+def sign_test(differences):
+    """How likely are signs so uneven if either is as likely? A two-sided p; zeros say nothing."""
+    positive = sum(d > 0 for d in differences)
+    negative = sum(d < 0 for d in differences)
+    if positive + negative == 0:
+        return "-"
+    return f"{scipy.stats.binomtest(positive, positive + negative).pvalue:.2g}"
 
-def print_classifiers(attacked):
-    """Every run by both classifiers, marked where they differ by more than ten points."""
-    lines = []
-    for line in attacked:
-        _, ar = curve_of(line)
-        pairs = [(100 * line[key], 100 * line[f"second_{key}"]) for key in ("ua", "cls", "style")]
-        pairs.append((ar[-1], 100 * line["second_ar_end"]))
-        cells = []
-        for first, second in pairs:
-            differ = " differ" if abs(first - second) > 10 else ""
-            cells.append(f"{first:.1f}, {second:.1f}{differ}")
-        lines.append([line["name"], *cells])
-    print_table("Both classifiers, the second after the comma; AR at the end of the attack",
-                "run | UA | class | style | AR", lines)
-
-def print_inversions(rows):
-    """A line for each model: its strongest attacker, and some of the others."""
+def pairs_of(runs, first, second):
+    """{(dataset, target): (row, row)} of the targets that two arms have both forgotten."""
     found = {}
-    for line in rows:
-        name, _, attacker = line["name"].partition("-invert-")
-        if attacker:
-            ar = 100 * max(line["ar_100"] or 0, line["ar_300"])
-            found.setdefault(name, {})[attacker] = ar
+    for key, line in runs[first].items():
+        other = runs[second].get(key)
+        if other and line["ar_400"] is not None and other["ar_400"] is not None:
+            found[key] = line, other
+    return found
+
+def print_law(runs):
+    """Question 1: DiMUM in the U-Net against DiMUM in the label's path."""
+    pairs = pairs_of(runs, "dimum-label", "dimum-unet")
     lines = []
-    for name, shares in sorted(found.items()):
-        with_mlp = shares.pop("10-0.003-mlp")
-        near = shares.pop("10-x_T")
+    for group in ("classes", "styles", "Fashion", "all"):
+        chosen = [pair for key, pair in pairs.items() if group in (group_of(key), "all")]
+        if not chosen:
+            continue
+        label = [line for line, _ in chosen]
+        unet = [line for _, line in chosen]
+        more = [u["ar_400"] - l["ar_400"] for l, u in chosen]
+        less = [l["inversion_150"] - u["inversion_150"] for l, u in chosen]
+        lines.append([
+            group, len(chosen),
+            mean(label, "ar_400"), mean(unet, "ar_400"),
+            sum(d >= 0.3 for d in more), sign_test(more),
+            mean(label, "inversion_150"), mean(unet, "inversion_150"),
+            sum(d > 0 for d in less), sign_test(less),
+            sum(d >= 0.3 and e > 0 for d, e in zip(more, less))])
+    print_table("1. DiMUM that may change the label's path alone, or the rest alone: AR in %, the "
+                "targets on which DiMRA brings at least 30 points more back from the U-Net, those "
+                "on which inversion brings less, and both; p by the sign test",
+                "group | targets | DiMRA, label | DiMRA, U-Net | 30 more | p | inversion, label "
+                "| inversion, U-Net | less | p | both", lines)
+
+def print_targets(runs, arms):
+    """Every target: AR under DiMRA and inversion of some arms."""
+    keys = dict.fromkeys(key for arm in arms for key in runs[arm])
+    lines = []
+    for key in keys:
+        line = [" ".join(key)]
+        for arm in arms:
+            row = runs[arm].get(key)
+            text = "-"
+            if row:
+                text = f"UA {100 * row['ua']:.0f}"
+                if row["ar_400"] is not None:
+                    text = f"{100 * row['ar_400']:.0f}, {100 * row['inversion_150']:.0f}"
+            line.append(text)
+        lines.append(line)
+    print_table("Each target: AR in % after DiMRA and inversion, or UA where it was not forgotten",
+                "target | " + " | ".join(arms), lines)
+
+def print_hidden(runs):
+    """Question 2: what parts of the original bring back, and whether that predicts the attacks."""
+    lines = []
+    pooled = []
+    for arm, of_target in runs.items():
+        attacked = [line for line in of_target.values() if line["back_row"] is not None]
+        pooled += attacked
+        if attacked:
+            line = [arm, len(attacked)]
+            line += [mean(attacked, key) for key in ("ar_0", "back_row", "back_mlp", "back_path")]
+            lines.append([*line, mean(attacked, "moved", scale=1)])
+    print_table("2. With everything free: AR in % with parts of the original put back (the row, "
+                "also its MLP, also the projections), and how far the weights moved",
+                "arm | targets | nothing | row | MLP | projections | moved", lines)
+    lines = []
+    for key in ("back_row", "back_mlp", "back_path", "moved"):
+        line = [key]
+        for attacked in ("ar_400", "inversion_150"):
+            if len(pooled) > 2:
+                rho, p = scipy.stats.spearmanr([run[key] for run in pooled],
+                                               [run[attacked] for run in pooled])
+                line.append(f"{rho:.2f} (p {p:.2g})")
+        lines.append(line)
+    print_table(f"Rank correlations over these {len(pooled)} runs", "| DiMRA | inversion", lines)
+
+def print_methods(runs):
+    """Question 3: DiMUM and SalUn at equal cost, on the targets that both forgot."""
+    lines = []
+    for title, first, second in (("1e-3", "dimum-all", "salun-all"),
+                                 ("3e-4", "dimum-low", "salun-low")):
+        pairs = pairs_of(runs, first, second)
+        forgot = []
+        for arm in (first, second):
+            rows = runs[arm].values()
+            forgot.append(f"{sum(line['ua'] >= 0.95 for line in rows)} of {len(rows)}")
+        for key in ("ar_100", "ar_400", "inversion_150"):
+            differences = [other[key] - line[key] for line, other in pairs.values()]
+            lines.append([title, *forgot, key, len(pairs),
+                          mean([line for line, _ in pairs.values()], key),
+                          mean([other for _, other in pairs.values()], key),
+                          sum(d > 0 for d in differences), sum(d < 0 for d in differences),
+                          sign_test(differences)])
+    print_table("3. DiMUM and SalUn at equal cost: AR in % on the targets that both forgot, and on "
+                "how many of these SalUn's is higher or lower",
+                "rate | DiMUM forgot | SalUn forgot | AR | both | DiMUM | SalUn | higher | lower "
+                "| p", lines)
+
+def print_inversions():
+    """The strongest of the sixteen attackers on each model."""
+    found = {}
+    for line in read_rows("inversions.csv"):
+        ar = 100 * max(float(line["ar_100"]), float(line["ar_300"]))
+        found.setdefault(line["name"], {})[line["attacker"]] = ar
+    lines = []
+    for name, shares in found.items():
         best = max(shares, key=shares.get)
-        numbers = [shares["10-0.05-own"], with_mlp, near]
-        lines.append([name, f"{shares[best]:.1f}", best, *(f"{ar:.1f}" for ar in numbers)])
-    print_table("Inversion: AR in percent, by pictures-rate-start", "run | highest of sixteen | by "
-                "| 10-0.05-own | the label's MLP learns, too | from noise near the pictures'",
-                lines)
+        lines.append([name, len(shares), f"{shares[best]:.1f}", best,
+                      f"{shares.get('10-0.05-own', float('nan')):.1f}"])
+    print_table("4. Inversion by sixteen attackers: the highest AR in % of each model",
+                "model | attackers | highest | by | 10-0.05-own", lines)
 
-def print_points(rows):
-    """UA and FID on the way of the runs that were measured while they unlearned."""
+def print_judges(runs):
+    """The runs in which the two classifiers differ by more than ten points."""
     lines = []
-    for line in rows:
-        if "-fid-" in line["name"]:
-            fid_and_error = f"{line['fid']:.1f} +- {line['fid_error']:.0f}"
-            lines.append([line["name"], cell([line], "ua"), fid_and_error])
-    print_table("While it unlearns: the steps are the last part of the name", "run | UA | FID",
-                lines)
-
-RATES = {"low": "small rate, 3e-4", "middle": "large rate, 1e-3"}
-
-# three panels a row: the hearts, which have no low budget, end the first one
-PANELS = [("cls square", "middle"), ("style sketch", "middle"), ("cls heart", "middle"),
-          ("cls square", "low"), ("style sketch", "low")]
-# `finetune` is left out: it forgets nothing, and its AR is 100 % from the start
-METHODS = ("dimum", "salun", "rl", "swap", "sfron", "sa", "esd", "ga")
-
-def mean_curve(runs):
-    """curve_of, with the mean of the seeds."""
-    steps, _ = curve_of(runs[0])
-    curves = [curve_of(line)[1] for line in runs]
-    return steps, [fmean(values) for values in zip(*curves)]
-
-def draw_curves(groups):
-    """curves.png: AR against the attack's step, a panel for each target and budget."""
-    panels = {}
-    for target, budget in PANELS:
-        panel = {}
-        for method in METHODS:
-            runs = groups.get((target, method, budget, ""))
-            if runs:
-                panel[method] = mean_curve(runs)
-        if panel:                                      # of a small plan some have none
-            panels[f"{target.split()[1]}, {budget} budget ({RATES[budget]})"] = panel
-    if panels:
-        save_plot(CSV.parent / "curves.png", panels, "attack step", "AR in %", top=100)
+    for of_target in runs.values():
+        for line in of_target.values():
+            for first, second in (("ua", "second_ua"), ("ar_400", "second_ar_400"),
+                                  ("inversion_150", "second_inversion")):
+                if line[first] is not None and abs(line[first] - line[second]) > 0.1:
+                    lines.append([line["name"], first, f"{100 * line[first]:.1f}",
+                                  f"{100 * line[second]:.1f}"])
+    print_table("Where the second classifier differs by more than ten points",
+                "run | of | first | second", lines)
 
 def tables():
-    """Print results.csv as tables, and draw curves.png beside it."""
-    rows = read_rows()
-    attacked = [line for line in rows if line["second_ar_end"] is not None]
-    groups = group_seeds(attacked)
-    print_results(groups)
-    print_classifiers(attacked)
-    print_inversions(rows)
-    print_costs(groups)
-    print_points(rows)
-    draw_curves(groups)
+    """Print the tables from results.csv and inversions.csv, and draw curves.png beside them."""
+    runs = read_results()
+    for group in ("classes", "styles", "Fashion", "all"):
+        chosen = {arm: {key: line for key, line in rows.items() if group in (group_of(key), "all")}
+                  for arm, rows in runs.items()}
+        print_arms(chosen, f"Means over targets, in %: {group}")
+    print_law(runs)
+    print_targets(runs, MAIN_ARMS)
+    print_hidden(runs)
+    print_methods(runs)
+    print_inversions()
+    print_judges(runs)
+    print_arms(read_results(seed=1), "The second seed")
+    print(f"{len(missing())} cells have no row yet: python {sys.argv[0]} plan")
+    draw_curves(runs)
 
-# ---- pictures of several attacks -----------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
-FONT = ImageFont.load_default(size=16)
-LINE = 34                       # pixels above a picture, for its text
+FONT = ImageFont.load_default(size=14)
+DRAWN = {"dimum-label": "#0072b2", "dimum-unet": "#d55e00", "twice": "#009e73"}
 
-def attacker_text(aux, target):
-    """The attacker's pictures in words."""
-    words = {"retain": "the retained training pictures", "heldout": "held-out retained pictures",
-             "generated": "its own samples", "pretrained": "the original model's samples"}
-    kind, _, count = aux.partition(":")
-    if kind == "forget":
-        return f"{count} pictures of {target}"
-    if kind == "fewshot":
-        return f"the retained training pictures and {count} of {target}"
-    return words.get(aux, f"the pictures in {aux}")
-
-def attack_text(result):
-    """What a run of attack.py is, in one line; result: its result.json."""
-    target = result["forget"].replace("cls ", "class ")
-    unlearning = result["settings"]
-    if unlearning:
-        model = (f"{result['method']} forgets {target} ({unlearning['steps']} steps, rate "
-                 f"{unlearning['lr']:g})")
-    elif result["method"] == "retrain":
-        model = f"trained without {target}"
-    else:
-        model = f"the original model, which knows {target}"
-    settings = result["attack"]
-    return (f"{model}; {settings['name']} attacks it ({settings['steps']} steps, rate "
-            f"{settings['lr']:g}) with {attacker_text(settings['aux'], target)}")
-
-def figure(out, *runs):
-    """Stack the pictures that attack.py left in several run folders, each below a line of text."""
-    require(runs, "name the run folders of attacks after the picture's path")
-    texts = []
-    pictures = []
-    for folder in runs:
-        result = read_result(folder)
-        require(result["stage"] == "attack", f"{folder} is no run of attack.py; leave it out")
-        texts.append(attack_text(result))
-        pictures.append(Image.open(Path(folder, "attack.png")).convert("RGB"))
-    widths = [FONT.getlength(text) + 8 for text in texts]
-    widths += [picture.width for picture in pictures]
-    height = sum(picture.height + LINE for picture in pictures)
-    canvas = Image.new("RGB", (int(max(widths)), height), "white")
+def draw_curves(runs):
+    """curves.png: AR by the step of an attack, a panel for each attack and a colour for each arm.
+    Thin lines are targets, thick ones their means."""
+    canvas = Image.new("RGB", (900, 360), "white")
     draw = ImageDraw.Draw(canvas)
-    top = 0
-    for text, picture in zip(texts, pictures):
-        draw.text((4, top + 10), text, "black", FONT)
-        canvas.paste(picture, (0, top + LINE))
-        top += LINE + picture.height
-    save_picture(canvas, out)
+    panels = {
+        "AR in % under DiMRA (retained pictures)": [(step, f"ar_{step}") for step in POINTS],
+        "AR in % under inversion (ten forgotten pictures)":
+            [(0, "ar_0")] + [(step, f"inversion_{step}") for step in INVERSION_POINTS]}
+    for i, (title, points) in enumerate(panels.items()):
+        left = 60 + 440 * i
+        last = points[-1][0]
+        draw.text((left, 10), title, "black", FONT)
+        for share in (0, 50, 100):
+            y = 280 - 2.4 * share
+            draw.line([(left, y), (left + 350, y)], "#dddddd")
+            draw.text((left - 8, y), f"{share}", "black", FONT, anchor="rm")
+        for step, _ in points:
+            draw.text((left + 350 * step / last, 288), f"{step}", "black", FONT, anchor="ma")
+        for k, (arm, color) in enumerate(DRAWN.items()):
+            rows = [line for line in runs[arm].values() if line["ar_400"] is not None]
+            if not rows:
+                continue
+            curves = [[line[key] for _, key in points] for line in rows]
+            curves.append([fmean(values) for values in zip(*curves)])
+            for curve in curves:
+                places = [(left + 350 * step / last, 280 - 240 * ar)
+                          for (step, _), ar in zip(points, curve)]
+                draw.line(places, color, width=5 if curve is curves[-1] else 1)
+            draw.text((left + 120 * k, 330), f"{arm} ({len(rows)})", color, FONT)
+        draw.text((left + 175, 308), "step of the attack", "black", FONT, anchor="ma")
+    save_picture(canvas, TABLES / "curves.png")
+
+def law(out, *folders):
+    """README's first picture: a row for each unlearned model, with what the forgotten label draws
+    before, after, and after the two attacks, whose folders lie beside it."""
+    images = []
+    for folder in folders:
+        _, info = load_checkpoint(folder, DEVICE)
+        y = torch.tensor(info["conditions"])
+        y = y[matches(y, info["forgotten"])][:5]
+        for path in (shipped("shapes.pt"), folder, f"{folder}-dimra", f"{folder}-inversion"):
+            model, _ = load_checkpoint(path, DEVICE)
+            images.append(fid.draw_samples(model, y, 20, Path(path).name))
+    heads = []
+    for name in ("before", "unlearned", "after DiMRA", "after inversion"):
+        heads += [name] + [""] * (len(y) - 1)
+    save_grid(torch.cat(images), out, columns=len(heads), heads=heads,
+              rows=[Path(folder).name for folder in folders])
+
+def nothing(out, folder, count=60):
+    """What is drawn without a label, before (above) and after (below) a model was unlearned. The
+    pictures in which the classifier sees what was forgotten have a red frame."""
+    _, info = load_checkpoint(folder, DEVICE)
+    args = SimpleNamespace(dataset="shapes", data_dir="data")
+    classifier, _ = fid.load_classifier(args, DEVICE, info["names"], 32)
+    framed = []
+    for path in (shipped("shapes.pt"), folder):
+        model, _ = load_checkpoint(path, DEVICE)
+        y = model.null.cpu().expand(count, -1)
+        x = fid.draw_samples(model, y, 20, Path(path).name, guidance=0)
+        shown = matches(fid.predict(classifier, x), info["forgotten"])
+        red = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)
+        wide = F.pad(x, (2, 2, 2, 2), value=1.0)
+        wide[shown] = red
+        wide[:, :, 2:-2, 2:-2] = x
+        framed.append(wide)
+        print(f"{path}: {int(shown.sum())} of {count} show what was forgotten")
+    save_grid(torch.cat(framed), out, columns=count // 3)
 
 # ---- command line --------------------------------------------------------------------------------
 
-COMMANDS = {"tables": tables, "figure": figure, "second_classifier": second_classifier,
-            "row": row, "points": points, "invert": invert}
+COMMANDS = {"tables": tables, "cell": cell, "invert": invert, "weight": weight, "plan": plan,
+            "tries": tries, "second_classifier": second_classifier, "law": law, "nothing": nothing}
 
 def main():
     """Call the function that the command line names."""
     parser = make_parser(__doc__)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("words", nargs="*", metavar="WORD", help="names and folders, as above")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="as above")
     args = parser.parse_args()
     COMMANDS[args.command](*args.words)
 
