@@ -3988,6 +3988,12 @@ def test_dimra_lets_every_parameter_learn():
     for (name, p), q in zip(network.named_parameters(), before.parameters()):
         assert not torch.equal(p, q), f"{name} did not move: the attacker trains all weights"
 
+def test_dimra_never_reaches_the_row_of_the_forgotten_label():
+    network, before = tiny_network(), tiny_network()
+    take_steps(attack.dimra, network, make_attack_data(hidden=SQUARE, batch_size=32), steps=5)
+    rows = (network.label_embs[0].weight != before.label_embs[0].weight).any(1)
+    assert rows.tolist() == [True, False, True, True, True]    # the last one is the null label's
+
 def test_inversion_moves_the_embedding_of_the_targets_alone():
     network, before = tiny_network(), tiny_network().state_dict()
     data = make_attack_data(hidden=[(0, 0), (0, 2), (0, 3)])   # images of class 1: --aux forget:K

@@ -26,6 +26,7 @@ FUNCTIONS = {
     "diffusion_loss": ("model.py", "DDPM, equation 14; add_noise and drop_labels are there to use"),
     "guided_output": ("model.py", "its docstring has the equation; can one batch do?"),
     "ddim_sample": ("model.py", "DDIM, equation 12 with sigma 0; split_output is there to use"),
+    "leak": ("fid.py", "model.null is the label to draw; share counts"),
     "frechet_distance": ("fid.py", "its docstring has the equation; scipy has a matrix root"),
     "dimum": ("unlearn.py", "two diffusion losses and one descend"),
     "salun": ("unlearn.py", "through which of the two branches may a gradient flow?"),

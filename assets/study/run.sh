@@ -5,6 +5,7 @@
 #     bash assets/study/run.sh                  # what has no row yet, two jobs at once, a thread each
 #     bash assets/study/run.sh weights          # first, to choose weights: bar, dots and bag
 #     bash assets/study/run.sh figure1          # README's first picture, in ten minutes
+#     bash assets/study/run.sh nothing          # README's other picture
 #     python assets/study/study.py tables       # the tables and curves, from results.csv
 #
 # It can be stopped and started again: each run adds a row to a table (TABLES), and what has a row is
@@ -41,11 +42,18 @@ figure1() {              # three models and two attacks on each, by the scripts 
     python unlearn.py --cls square --learn unet --samples 30 --out runs/law/unet
     python unlearn.py --cls square --method twice --samples 30 --out runs/law/twice
     for name in label unet twice; do
-        python attack.py runs/law/$name --samples 30 --steps 200 --out runs/law/$name-dimra
-        python attack.py runs/law/$name --samples 30 --steps 150 --attack inversion \
+        python attack.py runs/law/$name --samples 30 --steps 200 --every 200 \
+            --out runs/law/$name-dimra
+        python attack.py runs/law/$name --samples 30 --steps 150 --every 150 --attack inversion \
             --out runs/law/$name-inversion
     done
     python assets/study/study.py law figure1.png runs/law/label runs/law/unet runs/law/twice
+}
+
+nothing() {              # README's picture of what is drawn without a label
+    rm -rf runs/nothing
+    python unlearn.py --style sketch --out runs/nothing
+    python assets/study/study.py nothing nothing.png runs/nothing
 }
 
 gpu() {                  # the paper's network on Fashion-MNIST: not run yet; meant for 15 minutes of an H100

@@ -606,14 +606,15 @@ def law(out, *folders):
         y = y[matches(y, info["forgotten"])][:5]
         for path in (shipped("shapes.pt"), folder, f"{folder}-dimra", f"{folder}-inversion"):
             model, _ = load_checkpoint(path, DEVICE)
-            images.append(fid.draw_samples(model, y, 20, Path(path).name))
+            x = fid.draw_samples(model, y, 20, Path(path).name)
+            images += [x, torch.ones_like(x[:1])]      # a white picture parts the columns
     heads = []
-    for name in ("before", "unlearned", "after DiMRA", "after inversion"):
-        heads += [name] + [""] * (len(y) - 1)
+    for name in ("before", "unlearned", "DiMRA", "inversion"):
+        heads += [name] + [""] * len(y)
     save_grid(torch.cat(images), out, columns=len(heads), heads=heads,
               rows=[Path(folder).name for folder in folders])
 
-def nothing(out, folder, count=60):
+def nothing(out, folder, count=40):
     """What is drawn without a label, before (above) and after (below) a model was unlearned. The
     pictures in which the classifier sees what was forgotten have a red frame."""
     _, info = load_checkpoint(folder, DEVICE)
@@ -631,7 +632,7 @@ def nothing(out, folder, count=60):
         wide[:, :, 2:-2, 2:-2] = x
         framed.append(wide)
         print(f"{path}: {int(shown.sum())} of {count} show what was forgotten")
-    save_grid(torch.cat(framed), out, columns=count // 3)
+    save_grid(torch.cat(framed), out, columns=count // 2)
 
 # ---- command line --------------------------------------------------------------------------------
 
