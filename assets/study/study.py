@@ -71,6 +71,10 @@ WEIGHTS = {
     ("shapes", "dimum", 1e-3): 1.0,
     ("shapes", "salun", 1e-3): 3e-3,
     ("shapes", "sfron", 1e-3): 10.0,
+    ("shapes", "dimum", 3e-4): 0.3,
+    ("shapes", "salun", 3e-4): 1e-3,
+    ("fashion", "dimum", 1e-3): 3.0,
+    ("fashion", "salun", 1e-3): 1e-2,
 }
 TRIES = {                                          # {(dataset, arm): the weights that are tried}
     ("shapes", "dimum-low"): (0.3, 1.0, 3.0),
