@@ -158,9 +158,9 @@ def write(table, line):
         rounded[key] = value
     path = TABLES / table
     with suppress(FileExistsError), open(path, "x", newline="") as file:
-        csv.DictWriter(file, COLUMNS[table]).writeheader()
+        csv.DictWriter(file, COLUMNS[table], lineterminator="\n").writeheader()
     with open(path, "a", newline="") as file:
-        csv.DictWriter(file, COLUMNS[table]).writerow(rounded)
+        csv.DictWriter(file, COLUMNS[table], lineterminator="\n").writerow(rounded)
 
 def read_rows(table):
     """The rows of a table: dicts of text."""
