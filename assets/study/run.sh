@@ -25,7 +25,7 @@ cells() {
             $STUDY second_classifier $dataset
         fi
     done
-    $STUDY plan | xargs -r -L 1 -P "${JOBS:-2}" $STUDY cell
+    $STUDY plan | xargs -r -L 1 -P "${JOBS:-2}" $STUDY cell || echo "a cell failed, see above"
 }
 
 attackers() {            # sixteen inversions of each; what is retrained has its rows already
