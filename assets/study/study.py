@@ -611,6 +611,8 @@ def draw_curves(runs):
             draw.line([(left, y), (left + 350, y)], "#dddddd")
             draw.text((left - 8, y), f"{share}", "black", FONT, anchor="rm")
         for step, _ in points:
+            if step == 25:                             # no room beside 0 and 50
+                continue
             draw.text((left + 350 * step / last, 288), f"{step}", "black", FONT, anchor="ma")
         for k, (arm, color) in enumerate(DRAWN.items()):
             rows = [line for line in runs[arm].values() if line["ar_400"] is not None]
