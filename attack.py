@@ -96,7 +96,8 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
 
     aux: "retain" (of `train`, the training images and labels), "heldout" (the test split),
     "generated" (500 samples of the model under attack), "pretrained" (of the model first unlearned
-    in), or a folder, of which copies of forgotten pictures are left out. Outside the rules: "forget:K", K training images of the forgotten conditions;
+    in), or a folder, of which copies of forgotten pictures are left out. Outside the rules:
+    "forget:K", K training images of the forgotten conditions;
     "fewshot:K", these repeated to be half of all, beside the retained ones.
     """
     images, y = train

@@ -49,20 +49,21 @@ DEVICE = pick_device("auto")
 # ---- the plan ------------------------------------------------------------------------------------
 
 # what is run: the method, what may learn, steps and rate
+COST = dict(learn="all", steps=200, lr=1e-3)
 ARMS = {
-    "original": dict(method="finetune", learn="all", steps=0, lr=1e-3),
-    "dimum-all": dict(method="dimum", learn="all", steps=200, lr=1e-3),
-    "dimum-label": dict(method="dimum", learn="label", steps=200, lr=1e-3),
-    "dimum-unet": dict(method="dimum", learn="unet", steps=200, lr=1e-3),
-    "salun-all": dict(method="salun", learn="all", steps=200, lr=1e-3),
-    "salun-label": dict(method="salun", learn="label", steps=200, lr=1e-3),
-    "salun-unet": dict(method="salun", learn="unet", steps=200, lr=1e-3),
-    "twice": dict(method="twice", learn="all", steps=200, lr=1e-3),
-    "twice-400": dict(method="twice", learn="all", steps=400, lr=1e-3),
-    "sfron": dict(method="sfron", learn="all", steps=200, lr=1e-3),
-    "swap": dict(method="swap", learn="all", steps=0, lr=1e-3),
-    "dimum-low": dict(method="dimum", learn="all", steps=200, lr=3e-4),
-    "salun-low": dict(method="salun", learn="all", steps=200, lr=3e-4),
+    "original": dict(COST, method="finetune", steps=0),
+    "dimum-all": dict(COST, method="dimum"),
+    "dimum-label": dict(COST, method="dimum", learn="label"),
+    "dimum-unet": dict(COST, method="dimum", learn="unet"),
+    "salun-all": dict(COST, method="salun"),
+    "salun-label": dict(COST, method="salun", learn="label"),
+    "salun-unet": dict(COST, method="salun", learn="unet"),
+    "twice": dict(COST, method="twice"),
+    "twice-400": dict(COST, method="twice", steps=400),
+    "sfron": dict(COST, method="sfron"),
+    "swap": dict(COST, method="swap", steps=0),
+    "dimum-low": dict(COST, method="dimum", lr=3e-4),
+    "salun-low": dict(COST, method="salun", lr=3e-4),
 }
 # {(dataset, method, rate): weight}, chosen on bar, dots and bag (tries.csv) by UA of at least 99 %,
 # then by the shares of what is retained, then by FID. One sample more or less is a tie, and of tied
@@ -301,18 +302,29 @@ def relearn(model, evaluation, train, seed):
     return columns, first, samples
 
 def invert_once(model, evaluation, train, seed):
-    """AR at INVERSION_POINTS of an attacker with ten pictures of the target, who trains its
-    embedding alone. Returns (columns, the last samples)."""
-    pictures = attack.forgotten_images(*train, evaluation.targets, 10, beside_retained=False)
-    attacked, data, optimizer = prepare_attack(model, pictures, evaluation, 16, 0.05, seed)
-    training = attack.inversion(attacked, data, optimizer,
-                                SimpleNamespace(steps=INVERSION_POINTS[-1]))
-    columns = {}
-    for step, _ in enumerate(training, 1):
-        if step in INVERSION_POINTS:
-            columns[f"inversion_{step}"], samples = measure_ar(attacked, evaluation, step)
+    """AR at INVERSION_POINTS of an attacker with ten pictures of the target, who starts from its
+    own embedding. Returns (columns, the last samples)."""
+    [(factor, value)] = evaluation.targets
+    start = model.label_embs[factor].weight[value].detach()
+    ars, samples = train_embedding(model, evaluation, train, 10, 0.05, start, INVERSION_POINTS,
+                                   seed)
+    columns = {f"inversion_{step}": ar for step, ar in ars.items()}
     columns["second_inversion"] = score_again(samples, evaluation.forget, evaluation)["ar"]
     return columns, samples
+
+def train_embedding(model, evaluation, train, count, rate, start, points, seed):
+    """Inversion with `count` pictures of the target, from an embedding `start` (width,). Returns
+    ({step: AR} at the points, the last samples)."""
+    pictures = attack.forgotten_images(*train, evaluation.targets, count, beside_retained=False)
+    attacked, data, optimizer = prepare_attack(model, pictures, evaluation, 16, rate, seed)
+    [(factor, value)] = evaluation.targets
+    attacked.label_embs[factor].weight.data[value] = start
+    training = attack.inversion(attacked, data, optimizer, SimpleNamespace(steps=points[-1]))
+    ars = {}
+    for step, _ in enumerate(training, 1):
+        if step in points:
+            ars[step], samples = measure_ar(attacked, evaluation, step)
+    return ars, samples
 
 # ---- sixteen attackers ---------------------------------------------------------------------------
 
@@ -345,14 +357,9 @@ def invert(dataset, target, arm):
     for attacker, (count, rate, start) in attackers(table, value).items():
         if attacker in done:
             continue
-        pictures = attack.forgotten_images(*train, evaluation.targets, count, beside_retained=False)
-        attacked, data, optimizer = prepare_attack(model, pictures, evaluation, 16, rate, seed=0)
-        attacked.label_embs[factor].weight.data[value] = start
-        line = dict(name=name, attacker=attacker)
-        training = attack.inversion(attacked, data, optimizer, SimpleNamespace(steps=300))
-        for step, _ in enumerate(training, 1):
-            if step in (100, 300):
-                line[f"ar_{step}"], _ = measure_ar(attacked, evaluation, step)
+        ars, _ = train_embedding(model, evaluation, train, count, rate, start, (100, 300), seed=0)
+        line = {f"ar_{step}": ar for step, ar in ars.items()}
+        line.update(name=name, attacker=attacker)
         write("inversions.csv", line)
 
 # ---- tables --------------------------------------------------------------------------------------
