@@ -377,6 +377,8 @@ def read_results(seed=0):
             runs[line["arm"]][line["dataset"], line["target"]] = line
     return runs
 
+GROUPS = ("classes", "styles", "Fashion")
+
 def group_of(key):
     """Classes, styles, or the classes of Fashion-MNIST; key: (dataset, target)."""
     dataset, target = key
@@ -388,16 +390,24 @@ def higher_ar(line):
     """The AR of the stronger of the two attackers, each at its end."""
     return max(line["ar_400"], line["inversion_150"])
 
+def value_of(line, key):
+    """What a row has in a column, or what a function makes of the row."""
+    return key(line) if callable(key) else line[key]
+
 def mean(lines, key, scale=100):
     """The mean of a column, or of a function of a row, over the rows that have it, or "-"."""
-    values = [key(line) if callable(key) else line[key] for line in lines]
+    values = [value_of(line, key) for line in lines]
     values = [scale * value for value in values if value is not None]
     return f"{fmean(values):.1f}" if values else "-"
 
 def differences(pairs, key):
-    """The second row's column less the first's, for each of pairs. Rounded: shares of 40 samples
-    are no round numbers in binary, and a margin of 0.3 is one of twelve samples."""
-    return [round(second[key] - first[key], 4) for first, second in pairs]
+    """The second row's column, or function of a row, less the first's, for each of pairs. Rounded:
+    shares of 40 samples are no round numbers in binary, and a margin of 0.3 is one of twelve
+    samples."""
+    found = []
+    for first, second in pairs:
+        found.append(round(value_of(second, key) - value_of(first, key), 4))
+    return found
 
 def print_table(title, head, lines):
     """A Markdown table; head: the columns' names, such as "a | b"."""
@@ -445,14 +455,17 @@ def pairs_of(runs, first, second):
             found[key] = line, other
     return found
 
+def grouped(of_target):
+    """(group, pairs) for each group of targets that has any, then for all: of `pairs_of`."""
+    for group in (*GROUPS, "all"):
+        pairs = [pair for key, pair in of_target.items() if group in (group_of(key), "all")]
+        if pairs:
+            yield group, pairs
+
 def print_law(runs):
     """Question 1: DiMUM in the U-Net against DiMUM in the label's path."""
-    of_target = pairs_of(runs, "dimum-label", "dimum-unet")
     lines = []
-    for group in ("classes", "styles", "Fashion", "all"):
-        pairs = [pair for key, pair in of_target.items() if group in (group_of(key), "all")]
-        if not pairs:
-            continue
+    for group, pairs in grouped(pairs_of(runs, "dimum-label", "dimum-unet")):
         label, unet = zip(*pairs)
         dimra = differences(pairs, "ar_400")
         inversion = differences(pairs, "inversion_150")
@@ -546,16 +559,12 @@ def print_methods(runs):
 
 def print_twice(runs):
     """Question 4: forget twice against DiMUM with everything free, with the same steps."""
-    of_target = pairs_of(runs, "dimum-all", "twice")
     lines = []
-    for group in ("classes", "styles", "Fashion", "all"):
-        pairs = [pair for key, pair in of_target.items() if group in (group_of(key), "all")]
-        if not pairs:
-            continue
+    for group, pairs in grouped(pairs_of(runs, "dimum-all", "twice")):
         line = [group, len(pairs)]
         for key in ("ar_400", "inversion_150", higher_ar, "cls", "style"):
             line += [mean(rows, key) for rows in zip(*pairs)]
-        lines.append([*line, signs([higher_ar(twice) - higher_ar(once) for once, twice in pairs])])
+        lines.append([*line, signs(differences(pairs, higher_ar))])
     print_table("4. DiMUM with everything free, and forget twice: AR in %, the higher of the two "
                 "attackers' and on how many targets that of forget twice is higher / lower; class "
                 "and style",
@@ -594,7 +603,7 @@ def print_judges(runs):
 def tables():
     """Print the tables from results.csv and inversions.csv, and draw curves.png beside them."""
     runs = read_results()
-    for group in ("classes", "styles", "Fashion"):
+    for group in GROUPS:
         chosen = {arm: {key: line for key, line in rows.items() if group_of(key) == group}
                   for arm, rows in runs.items()}
         print_arms(chosen, group)
@@ -638,9 +647,8 @@ def draw_curves(runs):
             draw.line([(left, y), (left + 350, y)], "#dddddd")
             draw.text((left - 8, y), f"{share}", "black", FONT, anchor="rm")
         for step, _ in points:
-            if step == 25:                             # no room beside 0 and 50
-                continue
-            draw.text((left + 350 * step / last, 288), f"{step}", "black", FONT, anchor="ma")
+            if step != 25:                             # no room beside 0 and 50
+                draw.text((left + 350 * step / last, 288), f"{step}", "black", FONT, anchor="ma")
         for k, (arm, color) in enumerate(DRAWN.items()):
             rows = [line for line in runs[arm].values() if line["ar_400"] is not None]
             if not rows:
