@@ -27,6 +27,7 @@ import os
 from pathlib import Path
 
 import torch
+from torchvision.utils import make_grid
 
 from fid import (draw_samples, fid_text, percent, prepare_evaluation, save_before_after,
                  train_and_measure)
@@ -283,8 +284,7 @@ def save_columns(path, columns):
     squares = []
     for x in columns.values():
         four = x[torch.linspace(0, len(x) - 1, 4).long()]
-        square = four.unflatten(0, (2, 2)).permute(2, 0, 3, 1, 4)              # (C, 2, H, 2, W)
-        squares.append(square.flatten(3, 4).flatten(1, 2))                     # (C, 2 H, 2 W)
+        squares.append(make_grid(four, nrow=2, padding=0))
     save_grid(torch.stack(squares), path, columns=len(squares), heads=list(columns))
 
 def save_gif(path, curve, samples):

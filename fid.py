@@ -146,8 +146,7 @@ def score(images, y, evaluation):
     forget = matches(y, targets)
     retained = ~forget
     groups = {"ua": ~shown[forget], "ar": shown[forget], "none": none[forget]}
-    for factor in range(len(names)):
-        groups[FACTORS[factor]] = hit[retained, factor]
+    groups.update(zip(FACTORS, hit[retained].T))
     result = {"forget_samples": int(forget.sum()), "retain_samples": int(retained.sum()),
               "ua_of": {}, "fid": None, "fid_error": None}
     for name, hits in groups.items():
@@ -596,16 +595,12 @@ def parse_args():
          help="of a folder (64)")
     flag("--train-classifier", action="store_true",
          help="train the dataset's classifier and stop")
-    args = parser.parse_args()
-    if args.features == "classifier":
-        folders = [s for s in (args.real, args.fake) if s and Path(s).is_dir() and not is_model(s)]
-        require(args.dataset or len(folders) < 2, "say by the classifier of which data the folders "
-                "are to be compared, such as --dataset shapes")
-    set_defaults(args, dataset="shapes")
-    return args
+    return parser.parse_args()
 
 def main():
     args = parse_args()
+    named = args.dataset
+    set_defaults(args, dataset="shapes")
     device = pick_device(args.device)
     if args.train_classifier:
         train_classifier(args, device)
@@ -622,6 +617,8 @@ def main():
     result = {"stage": "fid", "real": args.real, "fake": args.fake}
     two_folders = real.how == fake.how == "folder"
     kind = args.features or ("inception" if two_folders else "classifier")
+    require(named or not two_folders or kind == "inception", "say by the classifier of which data the "
+            "folders are to be compared, such as --dataset shapes")
     accuracy = None
     if kind == "inception":
         network = inception(device)
@@ -636,9 +633,8 @@ def main():
         how = dict(size=x.shape[2], channels=x.shape[1], resize=False)
         if fake.y is not None:
             hit = predict(classifier, fake.images) == fake.y
-            for factor in range(len(names)):
-                name = FACTORS[factor]
-                result.update(share(name, hit[:, factor]))
+            for name, hits in zip(FACTORS, hit.T):
+                result.update(share(name, hits))
                 say(f"{name} recognised: {percent(result, name)} %")
     real_weights = None if real.y is None else equal_weights(real.y)
     fake_weights = None if fake.y is None else equal_weights(fake.y)
