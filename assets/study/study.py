@@ -538,24 +538,19 @@ def correlations(rows):
 def print_methods(runs):
     """Question 3: DiMUM and SalUn at equal steps and rates, on the targets that both forgot."""
     lines = []
-    for title, dataset, first, second in (("shapes, 1e-3", "shapes", "dimum-all", "salun-all"),
-                                          ("shapes, 3e-4", "shapes", "dimum-low", "salun-low"),
-                                          ("Fashion, 1e-3", "fashion", "dimum-all", "salun-all")):
-        pairs = [pair for key, pair in pairs_of(runs, first, second).items() if key[0] == dataset]
-        if not pairs:
-            continue
-        line = [title]
-        for arm in (first, second):
-            rows = [row for key, row in runs[arm].items() if key[0] == dataset]
-            line.append(f"{sum(row['ua'] >= 0.95 for row in rows)} of {len(rows)}")
-        firsts, seconds = zip(*pairs)
-        for key in ("ar_100", "ar_400", "inversion_150"):
-            line += [f"{mean(firsts, key)}, {mean(seconds, key)}", signs(differences(pairs, key))]
-        lines.append([*line[:3], len(pairs), *line[3:]])
-    print_table("3. DiMUM and SalUn with the same steps and rate: AR in % of both, on the targets "
-                "that both forgot, and on how many of these SalUn's is higher / lower",
-                "data, rate | DiMUM forgot | SalUn forgot | both | DiMRA 100 | higher / lower "
-                "| DiMRA 400 | higher / lower | inversion 150 | higher / lower", lines)
+    for rate, first, second in (("1e-3", "dimum-all", "salun-all"),
+                                ("3e-4", "dimum-low", "salun-low")):
+        for group, pairs in grouped(pairs_of(runs, first, second)):
+            line = [f"{group}, {rate}", len(pairs)]
+            for key in ("ar_100", "ar_400", "inversion_150"):
+                line += [mean(rows, key) for rows in zip(*pairs)]
+                line.append(signs(differences(pairs, key)))
+            lines.append(line)
+    print_table("3. DiMUM and SalUn with the same steps and rate, on the targets that both forgot: "
+                "AR in %, and on how many targets SalUn's is higher / lower",
+                "group, rate | targets | DiMRA 100, DiMUM | SalUn | higher / lower "
+                "| DiMRA 400, DiMUM | SalUn | higher / lower "
+                "| inversion 150, DiMUM | SalUn | higher / lower", lines)
 
 def print_twice(runs):
     """Question 4: forget twice against DiMUM with everything free, with the same steps."""
