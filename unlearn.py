@@ -88,8 +88,8 @@ def salun(model, data, optimizer, args, masked=True):
     l(D_r), on the half of the weights that is most salient for D_f.
 
     Source: Fan et al. 2310.12508; saliency_unlearn of OPTML-Group/Unlearn-Saliency, which drops
-    labels in both branches, in each by chance of its own, and clips before it masks (alpha = weight,
-    small because the sum over pixels is large).
+    labels in both branches independently, and clips before it masks (alpha = weight, small because
+    the sum over pixels is large).
     """
     mask = saliency_mask(model, data) if masked else None
     for _ in range(args.steps):
@@ -197,8 +197,8 @@ def esd(model, data, optimizer, args):
     embeddings and their MLPs learn, and no label is dropped.
 
     Source: Gandikota et al. 2303.07345 equation 5, eta = weight. There x_t is sampled from the
-    model; noised images of D_f stand for it here. For a v network the same mixture of v is the
-    same target.
+    model; noised images of D_f stand for it here. v is affine in eps, so that the
+    same formula holds for a v network.
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     mask = [torch.full_like(p, name.startswith("label_"), dtype=torch.bool)
@@ -267,10 +267,10 @@ def twice(model, data, optimizer, args):
     alone; from the first model again, for two fifths, in the rest of the U-Net; for the last fifth,
     at a third of the rate, in both together, so that they fit each other.
 
-    Either part forgets without the other. Retained data, which can bring the U-Net back, meet a
-    label that draws c', and another embedding meets a U-Net that draws it. Each part has an Adam
-    and a cosine of its own, with either preset; the run's optimiser is not used. What --eval-every
-    measures before the last fifth is one part alone.
+    Either part forgets without the other. Retained data can bring the U-Net back, but the label
+    still asks for c'. Another embedding can stand for the label, but the U-Net still draws c'. Each
+    part has an Adam and a cosine of its own, with either preset; the run's optimiser is not used.
+    What --eval-every measures before the last fifth is one part alone.
     """
     first = copy.deepcopy(model.state_dict())
     learned = {}
@@ -305,8 +305,8 @@ def cosine(training, optimizer, steps):
         yield loss
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
 
-# With the preset small all methods that can live with it have one budget; `weight` is the method's
-# own (lambda, alpha, eta, ...), chosen on class bar and style dots (assets/study/README.md), and the
+# With the preset small all methods that can bear it have one budget; `weight` is the method's own
+# (lambda, alpha, eta, ...), chosen on class bar and style dots (assets/study/README.md), and the
 # rate falls to 0 along a cosine. With paper: the settings of the method's own paper or public code,
 # with a constant rate.
 BUDGET = dict(steps=200, batch_size=16, lr=1e-3, weight=1.0)
