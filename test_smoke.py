@@ -3698,51 +3698,6 @@ def in_label_path(name):
     return any(part in LABEL_PATH for part in name.split("."))
 
 @pytest.fixture
-def counted_steps(monkeypatch):
-    """In place of dimum: each of its steps adds 1 to all weights that may learn. A list of what the
-    two halves of the weights, the label's path and the rest, were at each step."""
-    seen = []
-    start = dict(tiny_network().named_parameters())
-
-    def added(network, in_path):
-        """The numbers that were added to one half of the weights."""
-        return {round((p - start[name]).mean().item()) for name, p in network.named_parameters()
-                if in_label_path(name) == in_path}
-
-    def dimum(network, data, optimizer, args):
-        while True:
-            with torch.no_grad():
-                for p in train_ddpm.learnable(network):
-                    p += 1
-            seen.append((added(network, True), added(network, False)))
-            yield torch.zeros(())
-
-    monkeypatch.setattr(unlearn, "dimum", dimum)
-    return seen
-
-def test_twice_forgets_in_each_part_of_the_weights_from_the_first_model(counted_steps):
-    take_steps(unlearn.twice, tiny_network(), steps=6)
-    label, unet = counted_steps[:2], counted_steps[2:4]
-    assert label == [({1}, {0}), ({2}, {0})]
-    assert unet == [({0}, {1}), ({0}, {2})]
-
-def test_twice_trains_both_parts_together_at_the_end(counted_steps):
-    assert len(take_steps(unlearn.twice, tiny_network(), steps=6)) == 6
-    assert counted_steps[4:] == [({3}, {3}), ({4}, {4})]
-
-def test_twice_ends_at_a_third_of_the_rate(monkeypatch):
-    rates = []
-
-    def dimum(network, data, optimizer, args):
-        while True:
-            rates.append(optimizer.param_groups[0]["lr"])
-            yield torch.zeros(())
-
-    monkeypatch.setattr(unlearn, "dimum", dimum)
-    take_steps(unlearn.twice, tiny_network(), steps=5, lr=0.3)
-    assert rates == pytest.approx([0.3, 0.15, 0.3, 0.15, 0.1])
-
-@pytest.fixture
 def short_masks(monkeypatch):
     """Masks from two batches instead of forty."""
     gradients = unlearn.guided_gradients
@@ -3763,7 +3718,7 @@ def test_methods_move_the_weights_and_repeat_from_a_seed(name, short_masks):
     assert not torch.equal(ends[0], all_weights(tiny_network()))
 
 @pytest.mark.parametrize("part", ["label", "unet"])
-@pytest.mark.parametrize("name", sorted({*unlearn.METHODS} - {"esd", "swap", "twice"}))
+@pytest.mark.parametrize("name", sorted({*unlearn.METHODS} - {"esd", "swap"}))
 def test_methods_move_nothing_but_what_may_learn(name, part, short_masks):
     network = tiny_network()
     unlearn.choose_learning(network, part)
@@ -4529,7 +4484,6 @@ MISTAKES = [
     (unlearn, "--cls 1 --ckpt missing.pt", "missing.pt"),
     (unlearn, "--cls 1 --ckpt tiny.pt --dataset fashion", "draws shapes"),
     (unlearn, "--cls 1 --dataset cifar10", "train_ddpm.py --dataset cifar10"),
-    (unlearn, "--cls 1 --method twice --learn unet", "leave --learn out"),
     (unlearn, "--cls 1 --method swap --learn unet", "leave --learn out"),
     (unlearn, "--speed 9", "--help"),
     (unlearn, f"{UNLEARN} --steps 20 --method ga --lambda 1e9 --lr 10", "diverged"),

@@ -13,7 +13,6 @@ loss.png, samples.png (above: before, below: after). D_f is what to forget and D
 c_f the forgotten label and c' its substitute; l(D) is the diffusion loss, the mean over pixels.
 """
 import copy
-import itertools
 import math
 import os
 import shlex
@@ -262,32 +261,6 @@ def fisher_diagonal(model, x0, y, times=10):
     model.train()
     return total
 
-def twice(model, data, optimizer, args):
-    """Forget twice (ours, not the paper's): DiMUM for two fifths of the steps in the label's path
-    alone; from the first model again, for two fifths, in the rest of the U-Net; for the last fifth,
-    at a third of the rate, in both together, so that they fit each other.
-
-    Either part forgets without the other. Retained data can bring the U-Net back, but the label
-    still asks for c'. Another embedding can stand for the label, but the U-Net still draws c'. Each
-    part has an Adam and a cosine of its own, with either preset; the run's optimiser is not used.
-    What --eval-every measures before the last fifth is one part alone.
-    """
-    first = copy.deepcopy(model.state_dict())
-    learned = {}
-    fifth = args.steps // 5
-    parts = (("label", 2 * fifth, args.lr),
-             ("unet", 2 * fifth, args.lr),
-             ("all", args.steps - 4 * fifth, args.lr / 3))
-    for part, steps, rate in parts:
-        model.load_state_dict({**first, **learned} if part == "all" else first)
-        choose_learning(model, part)
-        own = torch.optim.Adam(learnable(model), rate, fused=True)
-        training = itertools.islice(dimum(model, data, own, args), steps)
-        yield from cosine(training, own, steps)
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                learned[name] = p.detach().clone()
-
 # ---- what a method changes, and at which rate ----------------------------------------------------
 
 def choose_learning(model, part):
@@ -344,10 +317,6 @@ METHODS = {
         function=finetune,
         small=BUDGET,
         paper=PAPER),
-    "twice": dict(
-        function=twice,
-        small=BUDGET,
-        paper=dict(PAPER, steps=10000, batch_size=64)),
     "swap": dict(
         function=swap,
         small=dict(BUDGET, steps=0),
@@ -475,8 +444,7 @@ def main():
     earlier = [pair for pair in info["forgotten"] if pair not in forget]
     forgotten = sorted([*forget, *earlier])
     check_forget(forget, forgotten, names)
-    alone = args.method in ("twice", "swap")
-    require(args.learn == "all" or not alone, f"{args.method} chooses by itself what it changes; "
+    require(args.learn == "all" or args.method != "swap", "swap chooses by itself what it changes; "
             "leave --learn out")
     method = METHODS[args.method]
     settings = set_defaults(args, **method[info["preset"]])    # into args, where no flag was given

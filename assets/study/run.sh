@@ -29,10 +29,8 @@ cells() {
 }
 
 attackers() {            # sixteen inversions of each; what is retrained has its rows already
-    for arm in twice dimum-all; do
-        for target in cls=square style=sketch cls=heart; do
-            echo shapes $target $arm
-        done
+    for target in cls=square style=sketch cls=heart; do
+        echo shapes $target dimum-all
     done | xargs -L 1 -P "${JOBS:-2}" $STUDY invert
 }
 
@@ -40,14 +38,14 @@ figure1() {              # three models and two attacks on each, by the scripts 
     rm -rf runs/law
     python unlearn.py --cls square --learn label --samples 30 --out runs/law/label
     python unlearn.py --cls square --learn unet --samples 30 --out runs/law/unet
-    python unlearn.py --cls square --method twice --samples 30 --out runs/law/twice
-    for name in label unet twice; do
+    python unlearn.py --cls square --samples 30 --out runs/law/all
+    for name in label unet all; do
         python attack.py runs/law/$name --samples 30 --steps 200 --every 200 \
             --out runs/law/$name-dimra
         python attack.py runs/law/$name --samples 30 --steps 150 --every 150 --attack inversion \
             --out runs/law/$name-inversion
     done
-    python assets/study/study.py law figure1.png runs/law/label runs/law/unet runs/law/twice
+    python assets/study/study.py law figure1.png runs/law/label runs/law/unet runs/law/all
 }
 
 nothing() {              # README's picture of what is drawn without a label
