@@ -3341,7 +3341,7 @@ def known_losses(monkeypatch):
 def take_steps(method, network, data=None, weight=1.0, steps=1, lr=1e-2, **options):
     """The losses that some steps of a method yield."""
     optimizer = torch.optim.Adam(network.parameters(), lr)
-    args = SimpleNamespace(steps=steps, weight=weight, lr=lr)
+    args = SimpleNamespace(steps=steps, weight=weight)
     return list(method(network, data or make_data(), optimizer, args, **options))
 
 def assert_loss(descents, network, formula, **terms):

@@ -196,8 +196,8 @@ def esd(model, data, optimizer, args):
     embeddings and their MLPs learn, and no label is dropped.
 
     Source: Gandikota et al. 2303.07345 equation 5, eta = weight. There x_t is sampled from the
-    model; noised images of D_f stand for it here. v is affine in eps, so that the
-    same formula holds for a v network.
+    model; noised images of D_f stand for it here. v is affine in eps, so that the same
+    formula holds for a v network.
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     mask = [torch.full_like(p, name.startswith("label_"), dtype=torch.bool)
