@@ -91,21 +91,22 @@ ATTACKS = {
 
 # ---- the attacker's data -------------------------------------------------------------------------
 
-def auxiliary_set(aux, model, info, train, forgotten, data_dir):
+def auxiliary_set(aux, model, info, train, targets, forgotten, data_dir):
     """Images uint8 (N, C, H, W) and labels (N, F) on the model's device, nothing of `forgotten`
-    but for the two kinds outside the rules.
+    but for the two kinds outside the rules, which show `targets`.
 
     aux: "retain" (of `train`, the training images and labels), "heldout" (the test split),
     "generated" (500 samples of the model under attack), "pretrained" (of the model first unlearned
     in), or a folder, of which copies of forgotten pictures are left out. Outside the rules:
-    "forget:K", K training images of the forgotten conditions;
+    "forget:K", K training images of the targets;
     "fewshot:K", these repeated to be half of all, beside the retained ones.
     """
     images, y = train
     kind, _, k = aux.partition(":")
     if kind in ("forget", "fewshot"):
         require(k.isdecimal() and int(k) > 0, f"--aux {aux}: say how many, such as {kind}:10")
-        return forgotten_images(images, y, forgotten, int(k), beside_retained=kind == "fewshot")
+        return forgotten_images(images, y, targets, forgotten, int(k),
+                                beside_retained=kind == "fewshot")
     if aux == "generated":
         return generate(model, info, forgotten)
     if aux == "pretrained":
@@ -126,17 +127,18 @@ def auxiliary_set(aux, model, info, train, forgotten, data_dir):
     require(keep.any(), f"--aux {aux} holds no image but of what was forgotten; choose another")
     return images[keep], y[keep]
 
-def forgotten_images(images, y, forgotten, k, beside_retained):
-    """K images with a forgotten value, one of each condition in turn (a1 b1 c1 a2 b2 ...); or these,
-    repeated, beside as many retained ones."""
-    hidden = matches(y, forgotten)
-    require(hidden.any(), "these data hold no image of what was forgotten")
+def forgotten_images(images, y, targets, forgotten, k, beside_retained):
+    """K images with a target and nothing else that is forgotten, one of each condition in turn (a1 b1
+    c1 a2 b2 ...); or these, repeated, beside as many retained ones."""
+    others = [pair for pair in forgotten if pair not in targets]
+    shown = matches(y, targets) & ~matches(y, others)
+    require(shown.any(), "these data hold no image of what was forgotten")
     of_condition = [(y == label).all(1).nonzero()[:k, 0].tolist()
-                    for label in torch.unique(y[hidden], dim=0)]
+                    for label in torch.unique(y[shown], dim=0)]
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*of_condition))
     index = torch.tensor([i for i in in_turn if i is not None][:k])
     if beside_retained:
-        retained = (~hidden).nonzero()[:, 0].cpu()
+        retained = (~matches(y, forgotten)).nonzero()[:, 0].cpu()
         index = torch.cat([retained, index.repeat(math.ceil(len(retained) / len(index)))])
     return images[index], y[index]
 
@@ -235,6 +237,7 @@ def table_row(result):
     return {
         "method": result["method"],
         "forgets": result["forget"],
+        "from": result.get("from", ""),
         "unlearning": settings_text(result["settings"]),
         "attack": settings_text(result["attack"]) if attacked else "",
         "seed": result["seed"],
@@ -336,7 +339,8 @@ def main():
     settings = set_defaults(args, aux=attack["aux"], **attack[info["preset"]])
     every = args.every or [max(1, args.steps // 4)]
 
-    auxiliary = auxiliary_set(args.aux, model, info, (images, y), forgotten, args.data_dir)
+    auxiliary = auxiliary_set(args.aux, model, info, (images, y), targets, forgotten,
+                              args.data_dir)
     evaluation = prepare_evaluation(info, images, y, targets, forgotten, args)
     torch.manual_seed(args.seed)
     data = AttackData(*auxiliary, targets, args)

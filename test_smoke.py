@@ -3750,11 +3750,6 @@ def test_saliency_mask_is_half_of_what_may_learn(part, short_masks):
     assert [m.shape for m in mask] == [p.shape for p in learning]
     assert sum(m.sum() for m in mask) == sum(p.numel() for p in learning) // 2
 
-def test_esd_says_that_it_changes_the_label_path_alone(capsys):
-    network = tiny_network()
-    unlearn.choose_learning(network, "unet")
-    assert "give another --learn" in refusal(capsys, take_steps, unlearn.esd, network)
-
 @pytest.mark.parametrize("name", unlearn.METHODS)
 def test_methods_have_all_settings_for_both_presets(name):
     for preset in model.PRESETS:
@@ -3875,7 +3870,13 @@ def test_main_of_unlearn_forgets_a_value_after_another(small_world):
     command(unlearn, f"--style neon --ckpt runs/shapes/dimum-cls1 {BRIEF}")
     both = "runs/shapes/dimum-style4-after-dimum-cls1"
     assert model.load_checkpoint(both)[1]["forgotten"] == [(0, 1), (1, 4)]
+    assert result_of(both)["forget"] == "cls square, style neon"       # what UA is about
     assert result_of(both)["curve"][-1]["ua_of"].keys() == {"cls square", "style neon"}
+
+def test_main_of_unlearn_says_in_its_name_that_the_value_was_forgotten_before(small_world):
+    command(unlearn, UNLEARN)
+    command(unlearn, f"--cls 1 --learn unet --ckpt runs/shapes/dimum-cls1 {BRIEF}")
+    assert os.path.isdir("runs/shapes/dimum-cls1-unet-after-dimum-cls1")
 
 def test_main_of_unlearn_counts_what_was_forgotten_earlier(small_world, capsys):
     command(unlearn, UNLEARN)
@@ -4006,9 +4007,10 @@ def auxiliary(monkeypatch):
     monkeypatch.setattr(attack, "sample", draw)
     monkeypatch.setattr(attack, "load_data", lambda *args: (*tiny_images(), NAMES))
 
-    def get(aux, forgotten=SQUARE, **changes):
+    def get(aux, forgotten=SQUARE, targets=None, **changes):
         its_info = {**attacked_info, **changes}
-        return attack.auxiliary_set(aux, attacked, its_info, tiny_images(), forgotten, "data")
+        return attack.auxiliary_set(aux, attacked, its_info, tiny_images(), targets or forgotten,
+                                    forgotten, "data")
 
     return get
 
@@ -4096,6 +4098,13 @@ def test_auxiliary_set_forget_takes_each_forgotten_condition_in_turn(auxiliary):
 def test_auxiliary_set_forget_takes_all_there_are_of_a_larger_number(auxiliary):
     x, _ = auxiliary("forget:1000")
     assert len(x) == 60
+
+@pytest.mark.parametrize("aux", ["forget:4", "fewshot:4"])
+def test_auxiliary_set_shows_of_the_forgotten_what_the_attack_is_about(aux, auxiliary):
+    _, y = auxiliary(aux, BOTH, targets=SQUARE)
+    hidden = model.matches(y, BOTH)
+    assert y[hidden].unique(dim=0).tolist() == [[1, 0], [1, 1]]
+    assert (~hidden).sum() == (120 if aux == "fewshot:4" else 0)
 
 def test_auxiliary_set_fewshot_is_half_forgotten_and_half_retained(auxiliary):
     x, y = auxiliary("fewshot:5")
@@ -4245,6 +4254,7 @@ def write_run(name, stage, ua=1.0, seed=0, none=0.0):
     result = dict(stage=stage, method="salun", forget="cls square", seed=seed, seconds=7.2,
                   settings=dict(steps=200, weight=None), curve=[{**first, "step": 0},
                                                                 {**last, "step": 100}])
+    result["from"] = "first/model.pt"
     if stage == "attack":
         result["attack"] = dict(name="dimra", aux="retain", seed=1)
     model.write_text(Path("runs", name, "result.json"), json.dumps(result))
@@ -4275,6 +4285,7 @@ def test_table_row_of_an_attack_shows_ar():
     row, = table_rows()
     assert (row["UA"], row["AR"]) == ("", "25.0 [25, 25]")
     assert row["attack"] == "name dimra aux retain seed 1"
+    assert row["from"] == "first/model.pt"
 
 def test_read_results_skips_what_this_code_did_not_write(capsys):
     write_run("0", "attack")
@@ -4485,6 +4496,7 @@ MISTAKES = [
     (unlearn, "--cls 1 --ckpt tiny.pt --dataset fashion", "draws shapes"),
     (unlearn, "--cls 1 --dataset cifar10", "train_ddpm.py --dataset cifar10"),
     (unlearn, "--cls 1 --method swap --learn unet", "leave --learn out"),
+    (unlearn, "--cls 1 --method esd --learn unet", "leave --learn out"),
     (unlearn, "--speed 9", "--help"),
     (unlearn, f"{UNLEARN} --steps 20 --method ga --lambda 1e9 --lr 10", "diverged"),
     (attack, "", "name what to attack"),

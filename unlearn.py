@@ -201,9 +201,7 @@ def esd(model, data, optimizer, args):
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     mask = [torch.full_like(p, name.startswith("label_"), dtype=torch.bool)
-            for name, p in model.named_parameters() if p.requires_grad]
-    require(any(m.any() for m in mask), "esd changes the embeddings and their MLPs alone; give "
-            "another --learn")
+            for name, p in model.named_parameters()]
     for _ in range(args.steps):
         x0, y = data.forget()
         t = antithetic_times(len(x0), x0.device)
@@ -322,6 +320,8 @@ METHODS = {
         small=dict(BUDGET, steps=0),
         paper=dict(PAPER, steps=0)),
 }
+
+FIXED_PART = ("esd", "swap")    # methods that say by themselves what they change
 
 # ---- what is learned instead ---------------------------------------------------------------------
 
@@ -444,8 +444,9 @@ def main():
     earlier = [pair for pair in info["forgotten"] if pair not in forget]
     forgotten = sorted([*forget, *earlier])
     check_forget(forget, forgotten, names)
-    require(args.learn == "all" or args.method != "swap", "swap chooses by itself what it changes; "
-            "leave --learn out")
+    fixed = args.method in FIXED_PART
+    require(args.learn == "all" or not fixed, f"{args.method} says by itself what it changes; leave "
+            "--learn out")
     method = METHODS[args.method]
     settings = set_defaults(args, **method[info["preset"]])    # into args, where no flag was given
     say(f"{args.method}: forget {pairs_text(forget, names)} in {path}; {args.steps} steps, "
@@ -458,7 +459,7 @@ def main():
     name = f"{args.method}-{pairs_slug(forget)}"
     if args.learn != "all":
         name += f"-{args.learn}"
-    if earlier:
+    if info["forgotten"]:
         name += f"-after-{path.parent.name}"
     folder = run_folder(args.out or Path("runs", args.dataset, name))
     choose_learning(model, args.learn)
@@ -473,12 +474,14 @@ def main():
         each = [f"{name} {100 * ua:.1f} %" for name, ua in curve[-1]["ua_of"].items()]
         say("UA of each:", ", ".join(each))
 
-    settings.update(learn=args.learn, alternative=args.alternative, alt_size=args.alt_size)
+    settings.update(alternative=args.alternative, alt_size=args.alt_size)
+    if not fixed:
+        settings["learn"] = args.learn
     info["forgotten"] = forgotten
     info["made_by"] = {"stage": "unlearn", "method": args.method, "seed": args.seed,
                        "settings": settings, **started_from(path)}
-    save_result(folder, model, info, args, forget=pairs_text(forget, names), seconds=seconds,
-                curve=curve, protocol=evaluation.protocol)
+    save_result(folder, model, info, args, forget=pairs_text(forgotten, names),
+                seconds=seconds, curve=curve, protocol=evaluation.protocol)
     save_before_after(folder / "samples.png", evaluation, forgotten, samples[0], samples[-1])
     write_losses(folder, losses, args.method)
     if args.eval_every:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 LEFT_OUT = shutil.ignore_patterns(".git", "__pycache__", ".pytest_cache", ".venv", "runs", "data",
-                                  "handout.py", "study")
+                                  "handout.py", "run.sh", "study.py")
 
 # what can be taken out: the script, and where a student may look for the answer
 FUNCTIONS = {

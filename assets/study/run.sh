@@ -25,7 +25,11 @@ cells() {
             $STUDY second_classifier $dataset
         fi
     done
-    $STUDY plan | xargs -r -L 1 -P "${JOBS:-2}" $STUDY cell || echo "a cell failed, see above"
+    $STUDY plan | xargs -r -L 1 -P "${JOBS:-2}" bash "$0" cell || echo "a cell failed, see above"
+}
+
+cell() {                 # false: xargs would stop at the status of a kill, and not go on to the next
+    $STUDY cell "$@" || false
 }
 
 attackers() {            # sixteen inversions of each; what is retrained has its rows already

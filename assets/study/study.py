@@ -16,10 +16,10 @@ but bag: these three choose the weights. The environment can name another folder
 """
 import copy
 import csv
+import inspect
 import os
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
@@ -38,8 +38,8 @@ sys.path.insert(0, str(HERE.parent.parent))        # where the scripts lie
 import attack
 import fid
 import unlearn
-from model import (FACTORS, find_value, load_checkpoint, load_file, make_parser, matches,
-                   pick_device, run, save_grid, save_picture, shipped)
+from model import (FACTORS, explain, fail, find_value, load_checkpoint, load_file, make_parser,
+                   matches, pick_device, require, run, save_grid, save_picture, say, shipped)
 from train_ddpm import SHAPES, learnable, load_data
 
 TABLES = Path(os.environ.get("TABLES", HERE))
@@ -151,11 +151,12 @@ def write(table, line):
         if isinstance(value, float):
             value = float(f"{value:.4g}")
         rounded[key] = value
-    path = TABLES / table
-    with suppress(FileExistsError), open(path, "x", newline="") as file:
-        csv.DictWriter(file, COLUMNS[table], lineterminator="\n").writeheader()
-    with open(path, "a", newline="") as file:
-        csv.DictWriter(file, COLUMNS[table], lineterminator="\n").writerow(rounded)
+    TABLES.mkdir(parents=True, exist_ok=True)
+    with open(TABLES / table, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS[table], lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(rounded)
 
 def read_rows(table):
     """The rows of a table: dicts of text."""
@@ -208,12 +209,18 @@ def try_weight(dataset, target, arm, weight):
 def cell(dataset, target, arm, seed):
     """A row of results.csv: what an arm forgets of a target, and what the attacks bring back. A run
     with a UA below 95 % is not attacked: its columns stay empty."""
+    name = cell_name(dataset, target, arm, seed)
+    require(name in [cell_name(*words) for words in planned()], f"{name} is not in the plan; such a "
+            "line is: shapes cls=square dimum-unet 0")
+    if name in {line["name"] for line in read_rows("results.csv")}:
+        say(f"{name} has a row")
+        return
+    check_classifiers(dataset)
     seed = int(seed)
     weight = weight_of(dataset, arm)
     before, model, evaluation, train, seconds = forget(dataset, target, arm, seed, weight)
-    line = dict(name=cell_name(dataset, target, arm, seed), dataset=dataset, target=target, arm=arm,
-                seed=seed, steps=ARMS[arm]["steps"], lr=ARMS[arm]["lr"], weight=weight,
-                seconds=seconds)
+    line = dict(name=name, dataset=dataset, target=target, arm=arm, seed=seed, weight=weight,
+                steps=ARMS[arm]["steps"], lr=ARMS[arm]["lr"], seconds=seconds)
     metrics, samples = fid.measure(model, evaluation, line["steps"], "ua")
     line.update({key: metrics.get(key) for key in MEASURED})
     y = torch.cat([evaluation.forget, evaluation.retain])
@@ -233,10 +240,19 @@ def cell(dataset, target, arm, seed):
                   rows=["unlearned", "DiMRA", "inversion"])
     write("results.csv", line)
 
+def check_classifiers(dataset):
+    """One line where the first classifier is not the shipped one, or the second is not there."""
+    for own in Path("runs", dataset).glob("classifier*"):
+        fail(f"the study measures by the shipped classifier; move {own} away")
+    require(second_path(dataset).is_file(), "there is no second classifier yet; run 'python "
+            f"assets/study/study.py second_classifier {dataset}'")
+
+def second_path(dataset):
+    return RUNS / f"second_classifier-{dataset}" / "model.pt"
+
 def score_again(samples, y, evaluation):
     """Metrics of samples by the second classifier of the dataset."""
-    path = RUNS / f"second_classifier-{evaluation.protocol['dataset']}" / "model.pt"
-    data = load_file(path, "classifier")
+    data = load_file(second_path(evaluation.protocol["dataset"]), "classifier")
     classifier = fid.Classifier(**data["args"]).to(DEVICE).eval()
     classifier.load_state_dict(data["weights"])
     return fid.score(samples, y, replace(evaluation, classifier=classifier, reference=None))
@@ -246,7 +262,7 @@ def second_classifier(dataset):
     _, steps = fid.CLASSIFIERS[dataset]
     fid.CLASSIFIERS[dataset] = (40, steps)
     args = SimpleNamespace(dataset=dataset, data_dir="data", image_size=32, steps=None,
-                           batch_size=None, seed=1, out=RUNS / f"second_classifier-{dataset}")
+                           batch_size=None, seed=1, out=second_path(dataset).parent)
     fid.train_classifier(args, DEVICE)
 
 def put_back(before, model, evaluation):
@@ -313,7 +329,7 @@ def invert_once(model, evaluation, train, seed):
 def train_embedding(model, evaluation, train, count, rate, start, points, seed):
     """Inversion with `count` pictures of the target, from an embedding `start` (width,). Returns
     ({step: AR} at the points, the last samples)."""
-    pictures = attack.forgotten_images(*train, evaluation.targets, count, beside_retained=False)
+    pictures = attack.forgotten_images(*train, evaluation.targets, [], count, beside_retained=False)
     attacked, data, optimizer = prepare_attack(model, pictures, evaluation, 16, rate, seed)
     [(factor, value)] = evaluation.targets
     attacked.label_embs[factor].weight.data[value] = start
@@ -489,9 +505,9 @@ def print_targets(runs, arms):
             row = runs[arm].get(key)
             text = "-"
             if row:
-                text = f"UA {100 * row['ua']:.0f}"
+                text = f"UA {100 * row['ua']:.4g}"
                 if row["ar_400"] is not None:
-                    text = f"{100 * row['ar_400']:.0f}, {100 * row['inversion_150']:.0f}"
+                    text = f"{100 * row['ar_400']:.4g}, {100 * row['inversion_150']:.4g}"
             line.append(text)
         lines.append(line)
     print_table("Each target: AR in % after DiMRA and inversion, or UA where it was not forgotten",
@@ -504,19 +520,22 @@ def print_hidden(runs):
     lines = []
     pooled = []
     for arm, of_target in runs.items():
-        rows = [line for line in of_target.values() if line["back_row"] is not None]
-        if not rows:
-            continue
-        line = [arm, len(rows), *(mean(rows, key) for key in ("ar_0", *PARTS))]
-        lines.append([*line, mean(rows, "moved", scale=1), *correlations(rows)])
-        if arm != "swap":                              # which is nothing but a copied row
-            pooled += [row for row in rows if row["dataset"] == "shapes"]
-    lines.append(["all on shapes but swap", len(pooled), *["-"] * 5, *correlations(pooled)])
+        measured = {key: line for key, line in of_target.items() if line["back_row"] is not None}
+        for group, members in (("classes", ["classes"]), ("shapes", ["classes", "styles"]),
+                               ("Fashion", ["Fashion"])):
+            rows = [line for key, line in measured.items() if group_of(key) in members]
+            if not rows:
+                continue
+            line = [f"{arm}, {group}", len(rows), *(mean(rows, key) for key in ("ar_0", *PARTS))]
+            lines.append([*line, mean(rows, "moved", scale=1), *correlations(rows)])
+            if group == "shapes" and arm != "swap":    # swap is nothing but a copied row
+                pooled += rows
+    lines.append(["all arms but swap, shapes", len(pooled), *["-"] * 5, *correlations(pooled)])
     print_table("2. With everything free: AR in % with parts of the original put back (the row, "
                 "also its MLP, also the projections), how far the weights moved, and rank "
                 "correlations over targets (none where a column does not vary). The runs of a "
                 "target are not independent, so that the last line has no p",
-                "arm | targets | nothing | row | MLP | projections | moved "
+                "arm, group | targets | nothing | row | MLP | projections | moved "
                 "| MLP, inversion | projections, inversion | moved, inversion "
                 "| MLP, DiMRA | projections, DiMRA | moved, DiMRA", lines)
 
@@ -706,7 +725,10 @@ def main():
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("words", nargs="*", metavar="WORD", help="as above")
     args = parser.parse_args()
-    COMMANDS[args.command](*args.words)
+    command = COMMANDS[args.command]
+    with explain(f"{args.command} takes other words; see --help", TypeError):
+        inspect.signature(command).bind(*args.words)
+    command(*args.words)
 
 if __name__ == "__main__":
     run(main)
