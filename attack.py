@@ -32,8 +32,9 @@ from torchvision.utils import make_grid
 from fid import (draw_samples, fid_text, percent, prepare_evaluation, save_before_after,
                  train_and_measure)
 from model import (checkpoint_file, diffusion_loss, draw_grid, explain, find_pairs,
-                   load_checkpoint, matches, number, pairs_slug, pairs_text, plain, require, run,
-                   run_folder, sample, save_grid, save_plot, say, to_uint8, write_file, write_text)
+                   load_checkpoint, matches, matches_alone, number, pairs_slug, pairs_text, plain,
+                   require, run, run_folder, sample, save_grid, save_plot, say, to_uint8,
+                   write_file, write_text)
 from train_ddpm import (UNREADABLE, descend, file_hash, find_images, get_batch, load_data,
                         load_run, read_image, save_result, say_next, set_defaults, stage_parser,
                         started_from, write_losses)
@@ -130,8 +131,7 @@ def auxiliary_set(aux, model, info, train, targets, forgotten, data_dir):
 def forgotten_images(images, y, targets, forgotten, k, beside_retained):
     """K images with a target and nothing else that is forgotten, one of each condition in turn (a1 b1
     c1 a2 b2 ...); or these, repeated, beside as many retained ones."""
-    others = [pair for pair in forgotten if pair not in targets]
-    shown = matches(y, targets) & ~matches(y, others)
+    shown = matches_alone(y, targets, forgotten)
     require(shown.any(), "these data hold no image of what was forgotten")
     of_condition = [(y == label).all(1).nonzero()[:k, 0].tolist()
                     for label in torch.unique(y[shown], dim=0)]

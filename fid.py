@@ -28,9 +28,9 @@ import torchvision
 from torchvision.ops import Conv2dNormActivation
 
 from model import (FACTORS, autocast, checkpoint_file, compile_network, explain, fail,
-                   load_checkpoint, load_file, matches, pairs_text, pick_device, progress, require,
-                   run, run_folder, sample, save_file, save_grid, say, shipped, to_uint8, uses_bf16,
-                   write_text)
+                   load_checkpoint, load_file, matches, matches_alone, pairs_text, pick_device,
+                   progress, require, run, run_folder, sample, save_file, save_grid, say, shipped,
+                   to_uint8, uses_bf16, write_text)
 from train_ddpm import (UNREADABLE, conditions_of, data_key, find_images, get_batch, load_data,
                         picture_labels, read_image, set_defaults, stage_parser)
 
@@ -96,8 +96,7 @@ def conditions(labels, targets, forgotten, samples):
     if samples < len(labels):
         say(f"--samples {samples} is less than one of each of {len(labels)} conditions; one of each "
             "is drawn")
-    others = [pair for pair in forgotten if pair not in targets]
-    forget = labels[matches(labels, targets) & ~matches(labels, others)]
+    forget = labels[matches_alone(labels, targets, forgotten)]
     retain = labels[~matches(labels, forgotten)]
     return repeat(forget, samples / 3), repeat(retain, samples * 2 / 3)
 

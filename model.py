@@ -549,6 +549,11 @@ def matches(y, pairs):
         found |= y[:, factor] == value
     return found
 
+def matches_alone(y, pairs, forgotten):
+    """Which of the labels y (N, F) carry one of the pairs, and nothing else that is forgotten."""
+    others = [pair for pair in forgotten if pair not in pairs]
+    return matches(y, pairs) & ~matches(y, others)
+
 def plain(name):
     """A name in the form in which names are compared: of one spelling for an accented letter, in
     small letters, without spaces around."""

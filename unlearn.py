@@ -22,9 +22,9 @@ import torch
 
 from fid import prepare_evaluation, save_before_after, train_and_measure
 from model import (FACTORS, T, add_noise, antithetic_times, checkpoint_file, diffusion_loss,
-                   drop_labels, explain, fail, find_pairs, find_value, guided_output, matches, number,
-                   pairs_slug, pairs_text, require, run, run_folder, sample, save_plot, say,
-                   shipped, to_uint8)
+                   drop_labels, explain, fail, find_pairs, find_value, guided_output, matches,
+                   matches_alone, number, pairs_slug, pairs_text, require, run, run_folder, sample,
+                   save_plot, say, shipped, to_uint8)
 from train_ddpm import (UNREADABLE, descend, get_batch, learnable, load_run, read_image,
                         save_result, say_next, set_defaults, stage_parser, started_from,
                         write_losses)
@@ -37,7 +37,7 @@ class Data:
     def __init__(self, images, y, names, forget, earlier, args):
         forgotten = sorted({*forget, *earlier})
         to_retain = ~matches(y, forgotten)
-        to_forget = matches(y, forget) & ~matches(y, earlier)
+        to_forget = matches_alone(y, forget, forgotten)
         require(to_forget.any() and to_retain.any(), "there is no image to forget, or none to "
                 "retain; forget fewer values")
         self.forget_pairs = forget

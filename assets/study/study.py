@@ -16,6 +16,7 @@ but bag: these three choose the weights. The environment can name another folder
 """
 import copy
 import csv
+import functools
 import inspect
 import os
 import sys
@@ -66,8 +67,7 @@ ARMS = {
 # {(dataset, method, rate): weight}, chosen on bar, dots and bag (tries.csv) by UA of at least 99 %,
 # then by the shares of what is retained, then by FID. One sample more or less is a tie, and of tied
 # weights the one of 1 is taken: DiMUM's, everywhere. SalUn's at 3e-4 is an exception: on dots no
-# weight reaches 99 %, and 3e-4 costs class, 3e-3 fails on bar. No weight
-# depends on what may learn
+# weight reaches 99 %, and 3e-4 costs class, 3e-3 fails on bar. No weight depends on what may learn
 WEIGHTS = {
     ("shapes", "salun", 1e-3): 3e-3,
     ("shapes", "salun", 3e-4): 1e-3,
@@ -109,9 +109,13 @@ def tries():
             if (ARMS[arm]["method"], value, ARMS[arm]["lr"], weight) not in done:
                 print(f"{dataset} {target} {arm} {weight}")
 
+def finished():
+    """The names of the cells that have a row."""
+    return {line["name"] for line in read_rows("results.csv")}
+
 def missing():
     """The planned cells that have no row yet."""
-    done = {line["name"] for line in read_rows("results.csv")}
+    done = finished()
     return [words for words in planned() if cell_name(*words) not in done]
 
 def plan():
@@ -171,6 +175,8 @@ def read_rows(table):
 def forget(dataset, target, arm, seed, weight):
     """Unlearn as an arm says. Returns (the model before, the model after, evaluation, training set,
     seconds)."""
+    for own in Path("runs", dataset).glob("classifier*"):
+        fail(f"the study measures by the shipped classifier; move {own} away")
     settings = ARMS[arm]
     before, info = load_checkpoint(shipped(f"{dataset}.pt"), DEVICE)
     images, y, names = load_data(dataset, "train", device=DEVICE)
@@ -212,10 +218,10 @@ def cell(dataset, target, arm, seed):
     name = cell_name(dataset, target, arm, seed)
     require(name in [cell_name(*words) for words in planned()], f"{name} is not in the plan; such a "
             "line is: shapes cls=square dimum-unet 0")
-    if name in {line["name"] for line in read_rows("results.csv")}:
+    if name in finished():
         say(f"{name} has a row")
         return
-    check_classifiers(dataset)
+    load_second(dataset)                               # fails before the minutes of training
     seed = int(seed)
     weight = weight_of(dataset, arm)
     before, model, evaluation, train, seconds = forget(dataset, target, arm, seed, weight)
@@ -240,21 +246,23 @@ def cell(dataset, target, arm, seed):
                   rows=["unlearned", "DiMRA", "inversion"])
     write("results.csv", line)
 
-def check_classifiers(dataset):
-    """One line where the first classifier is not the shipped one, or the second is not there."""
-    for own in Path("runs", dataset).glob("classifier*"):
-        fail(f"the study measures by the shipped classifier; move {own} away")
-    require(second_path(dataset).is_file(), "there is no second classifier yet; run 'python "
-            f"assets/study/study.py second_classifier {dataset}'")
-
 def second_path(dataset):
     return RUNS / f"second_classifier-{dataset}" / "model.pt"
 
-def score_again(samples, y, evaluation):
-    """Metrics of samples by the second classifier of the dataset."""
-    data = load_file(second_path(evaluation.protocol["dataset"]), "classifier")
+@functools.cache
+def load_second(dataset):
+    """The second classifier of a dataset; one line where there is none."""
+    path = second_path(dataset)
+    require(path.is_file(), "there is no second classifier yet; run 'python assets/study/study.py "
+            f"second_classifier {dataset}'")
+    data = load_file(path, "classifier")
     classifier = fid.Classifier(**data["args"]).to(DEVICE).eval()
     classifier.load_state_dict(data["weights"])
+    return classifier
+
+def score_again(samples, y, evaluation):
+    """Metrics of samples by the second classifier of the dataset."""
+    classifier = load_second(evaluation.protocol["dataset"])
     return fid.score(samples, y, replace(evaluation, classifier=classifier, reference=None))
 
 def second_classifier(dataset):
@@ -329,7 +337,8 @@ def invert_once(model, evaluation, train, seed):
 def train_embedding(model, evaluation, train, count, rate, start, points, seed):
     """Inversion with `count` pictures of the target, from an embedding `start` (width,). Returns
     ({step: AR} at the points, the last samples)."""
-    pictures = attack.forgotten_images(*train, evaluation.targets, [], count, beside_retained=False)
+    pictures = attack.forgotten_images(*train, evaluation.targets, evaluation.targets,
+                                       count, beside_retained=False)
     attacked, data, optimizer = prepare_attack(model, pictures, evaluation, 16, rate, seed)
     [(factor, value)] = evaluation.targets
     attacked.label_embs[factor].weight.data[value] = start
@@ -469,12 +478,13 @@ def pairs_of(runs, first, second):
             found[key] = line, other
     return found
 
-def grouped(of_target):
-    """(group, pairs) for each group of targets that has any, then for all: of `pairs_of`."""
-    for group in (*GROUPS, "all"):
-        pairs = [pair for key, pair in of_target.items() if group in (group_of(key), "all")]
-        if pairs:
-            yield group, pairs
+def grouped(of_target, groups=(*GROUPS, "all")):
+    """(group, what {(dataset, target): ...} holds of it) for each group of targets that has any; a
+    group may also be a dataset."""
+    for group in groups:
+        found = [line for key, line in of_target.items() if group in (group_of(key), key[0], "all")]
+        if found:
+            yield group, found
 
 def print_law(runs):
     """Question 1: DiMUM in the U-Net against DiMUM in the label's path."""
@@ -521,11 +531,7 @@ def print_hidden(runs):
     pooled = []
     for arm, of_target in runs.items():
         measured = {key: line for key, line in of_target.items() if line["back_row"] is not None}
-        for group, members in (("classes", ["classes"]), ("shapes", ["classes", "styles"]),
-                               ("Fashion", ["Fashion"])):
-            rows = [line for key, line in measured.items() if group_of(key) in members]
-            if not rows:
-                continue
+        for group, rows in grouped(measured, ("classes", "shapes", "Fashion")):
             line = [f"{arm}, {group}", len(rows), *(mean(rows, key) for key in ("ar_0", *PARTS))]
             lines.append([*line, mean(rows, "moved", scale=1), *correlations(rows)])
             if group == "shapes" and arm != "swap":    # swap is nothing but a copied row
