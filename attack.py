@@ -34,7 +34,7 @@ from fid import (draw_samples, fid_text, percent, prepare_evaluation, save_befor
 from model import (checkpoint_file, diffusion_loss, draw_grid, explain, find_pairs,
                    load_checkpoint, matches, matches_alone, number, pairs_slug, pairs_text, plain,
                    require, run, run_folder, sample, save_grid, save_plot, say, to_uint8,
-                   write_file, write_text)
+                   value_flags, write_file, write_text)
 from train_ddpm import (UNREADABLE, descend, file_hash, find_images, get_batch, load_data,
                         load_run, read_image, save_result, say_next, set_defaults, stage_parser,
                         started_from, write_losses)
@@ -313,10 +313,7 @@ def parse_args():
          help="learning rate; default by preset")
     flag("--every", nargs="+", action="extend", type=number(int, 1), metavar="N",
          help="measure every N steps, or at several; default four times")
-    flag("--cls", nargs="+", action="extend", metavar="K",
-         help="measure these, not all that was forgotten")
-    flag("--style", nargs="+", action="extend", metavar="K",
-         help="the same for styles")
+    value_flags(flag, "to measure (default all that was forgotten)")
     flag("--table", metavar="DIR", type=path,
          help="gather every result under DIR, there or in --out, and stop")
     return parser.parse_args()

@@ -650,6 +650,12 @@ def number(kind, low, high=math.inf):
     parse.__name__ = f"number ({kind.__name__} from {low} to {high})"      # argparse's word for it
     return parse
 
+def value_flags(flag, use, prefix=""):
+    """Add the flags --cls and --style, after a prefix, which find_pairs reads. use: for the help."""
+    for factor, values in zip(FACTORS, ("classes", "styles")):
+        flag(f"--{prefix}{factor}", nargs="+", action="extend", metavar="K",
+             help=f"{values} {use}, by name or number")
+
 def pick_device(name):
     """A torch.device from "auto" (cuda, else cpu), "cpu", "cuda:1", "mps", ..."""
     if name == "auto":
@@ -699,10 +705,7 @@ def main():
     path = os.path.expanduser
     flag("ckpt", metavar="CKPT", type=path,
          help="a checkpoint or a run folder")
-    flag("--cls", nargs="+", action="extend", metavar="K",
-         help="classes, by name or number; default all")
-    flag("--style", nargs="+", action="extend", metavar="K",
-         help="styles, likewise")
+    value_flags(flag, "to draw (default all)")
     flag("--unlabelled", action="store_true",
          help="ask for nothing: the null label, no guidance")
     flag("--n", type=number(int, 1), default=1,

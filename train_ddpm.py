@@ -36,7 +36,7 @@ from torchvision import datasets as tvd
 from model import (FACTORS, PRESETS, T, UNet, all_labels, compile_network, diffusion_loss, explain,
                    find_pairs, load_checkpoint, load_file, make_config, make_parser, matches,
                    number, pairs_slug, pick_device, plain, progress, require, run, run_folder, sample,
-                   save_checkpoint, save_file, save_grid, save_plot, say, write_text)
+                   save_checkpoint, save_file, save_grid, save_plot, say, value_flags, write_text)
 
 PRETRAIN = {
     # A high rate with cosine decay makes the most of few steps.
@@ -614,10 +614,7 @@ def parse_args():
          help="of a folder (64)")
     flag("--preset", choices=PRESETS,
          help="the network; default small, paper for cifar10")
-    flag("--exclude-cls", nargs="+", action="extend", metavar="K",
-         help="classes never to be seen")
-    flag("--exclude-style", nargs="+", action="extend", metavar="K",
-         help="styles never to be seen")
+    value_flags(flag, "never to be seen", prefix="exclude-")
     flag("--import", dest="public", metavar="FILE", type=os.path.expanduser,
          help="convert a public CIFAR-10 checkpoint")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ from fid import prepare_evaluation, save_before_after, train_and_measure
 from model import (FACTORS, T, add_noise, antithetic_times, checkpoint_file, diffusion_loss,
                    drop_labels, explain, fail, find_pairs, find_value, guided_output, matches,
                    matches_alone, number, pairs_slug, pairs_text, require, run, run_folder, sample,
-                   save_plot, say, shipped, to_uint8)
+                   save_plot, say, shipped, to_uint8, value_flags)
 from train_ddpm import (UNREADABLE, descend, get_batch, learnable, load_run, read_image,
                         save_result, say_next, set_defaults, stage_parser, started_from,
                         write_losses)
@@ -411,10 +411,7 @@ def parse_args():
     flag = parser.add_argument
     flag("--method", choices=[*METHODS, "sfront"], default="dimum",
          help="default dimum")
-    flag("--cls", nargs="+", action="extend", metavar="K",
-         help="classes to forget, by name or number")
-    flag("--style", nargs="+", action="extend", metavar="K",
-         help="styles to forget")
+    value_flags(flag, "to forget")
     flag("--ckpt", metavar="MODEL", type=os.path.expanduser,
          help="default: the shipped model, or the pretraining in runs/")
     flag("--lr", metavar="X", type=number(float, 0, 10),
