@@ -561,10 +561,11 @@ def correlations(rows):
 def print_methods(runs):
     """Question 3: DiMUM and SalUn at equal steps and rates, and each at both rates, on the targets
     that both arms forgot."""
+    groups = ("classes", "styles", "shapes", "Fashion")
     lines = []
     for first, second in (("dimum-all", "salun-all"), ("dimum-low", "salun-low"),
                           ("dimum-all", "dimum-low"), ("salun-all", "salun-low")):
-        for group, pairs in grouped(pairs_of(runs, first, second)):
+        for group, pairs in grouped(pairs_of(runs, first, second), groups):
             line = [f"{first}, {second}", group, len(pairs)]
             for key in ("ar_100", "ar_400", "second_ar_400", "inversion_150"):
                 line += [mean(rows, key) for rows in zip(*pairs)]
@@ -631,13 +632,15 @@ def tables():
         print_arms(chosen, group)
     print_arms(complete(runs), "The targets that all of the main arms have")
     print_law(runs)
-    print_targets(runs, [*MAIN_ARMS, "dimum-low", "salun-low", "twice"])
+    print_targets(runs, [*MAIN_ARMS, "salun-label", "dimum-low", "salun-low", "twice"])
     print_hidden(runs)
     print_methods(runs)
     print_twice(runs)
     print_inversions()
     print_judges(runs)
-    print_arms(read_results(seed=1), "The second seed")
+    again = read_results(seed=1)
+    if any(again.values()):
+        print_arms(again, "The second seed")
     print(f"{len(missing())} cells have no row yet: python assets/study/study.py plan")
     draw_curves(runs)
 
