@@ -81,7 +81,7 @@ ATTACKS = {
     "dimra": dict(
         function=dimra,
         aux="retain",
-        small=dict(steps=300, batch_size=32, lr=1e-3),         # chosen in assets/study/README.md
+        small=dict(steps=300, batch_size=32, lr=1e-3),         # the rate: assets/study/README.md
         paper=dict(steps=5000, batch_size=128, lr=1e-4)),      # our reading of the paper
     "inversion": dict(
         function=inversion,

@@ -278,7 +278,7 @@ def cosine(training, optimizer, steps):
 
 # With the preset small all methods that can bear it have one budget; `weight` is the method's own
 # (lambda, alpha, eta, ...), chosen on class bar and style dots (assets/study/README.md), and the
-# rate falls to 0 along a cosine. With paper: the settings of the method's own paper or public code,
+# rate falls to 0 along a cosine. With paper: what is known of the method's own paper or public code,
 # with a constant rate.
 BUDGET = dict(steps=200, batch_size=16, lr=1e-3, weight=1.0)
 PAPER = dict(steps=1000, batch_size=128, lr=1e-4, weight=1.0)
