@@ -561,7 +561,7 @@ def correlations(rows):
 def print_methods(runs):
     """Question 3: DiMUM and SalUn at equal steps and rates, and each at both rates, on the targets
     that both arms forgot."""
-    groups = ("classes", "styles", "shapes", "Fashion")
+    groups = ("classes", "styles", "shapes", "Fashion", "all")
     lines = []
     for first, second in (("dimum-all", "salun-all"), ("dimum-low", "salun-low"),
                           ("dimum-all", "dimum-low"), ("salun-all", "salun-low")):
