@@ -3163,7 +3163,7 @@ def make_data(forget=SQUARE, earlier=(), **options):
     settings = dict(batch_size=8, alternative="class", alt_size=None, dataset="any")
     args = SimpleNamespace(**{**settings, **options})
     x, y = tiny_images()
-    return unlearn.Data(x, y, NAMES, list(forget), list(earlier), args)
+    return unlearn.Data(x, y, NAMES, list(forget), sorted({*forget, *earlier}), args)
 
 def test_data_retains_no_forgotten_value():
     data = make_data(BOTH, earlier=[(0, 3)])
@@ -4527,7 +4527,7 @@ def test_35_steps_of_dimum_make_the_shipped_models_squares_vanish():
     images, y = train_ddpm.draw_shapes(40, seed=0)
     args = SimpleNamespace(batch_size=8, alternative="class:triangle", alt_size=None, steps=35,
                            weight=1.0, dataset="shapes")
-    data = unlearn.Data(images, y, info["names"], SQUARE, [], args)
+    data = unlearn.Data(images, y, info["names"], SQUARE, SQUARE, args)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     training = unlearn.dimum(network.train(), data, optimizer, args)
     for _ in unlearn.cosine(training, optimizer, 35):

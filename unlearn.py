@@ -32,10 +32,10 @@ from train_ddpm import (UNREADABLE, descend, get_batch, learnable, load_run, rea
 class Data:
     """What a run forgets and retains, as random batches: x (n, C, H, W) in [-1, 1], labels y (n, F),
     whose column 0 is the class and column 1 the style (the factors 0 and 1).
-    forget: the (factor, value) pairs to forget now; earlier: those that the model has forgotten
-    before, of which no image is ever drawn, also where it shows what is to be forgotten now."""
-    def __init__(self, images, y, names, forget, earlier, args):
-        forgotten = sorted({*forget, *earlier})
+    forget: the (factor, value) pairs to forget now; forgotten: these, and those that the model has
+    forgotten before, of which no image is ever drawn, also where it shows what is to be forgotten
+    now."""
+    def __init__(self, images, y, names, forget, forgotten, args):
         to_retain = ~matches(y, forgotten)
         to_forget = matches_alone(y, forget, forgotten)
         require(to_forget.any() and to_retain.any(), "there is no image to forget, or none to "
@@ -438,8 +438,7 @@ def main():
     model, info, images, y = load_run(path, args)
     names = info["names"]
     forget = find_pairs(args, names)
-    earlier = [pair for pair in info["forgotten"] if pair not in forget]
-    forgotten = sorted([*forget, *earlier])
+    forgotten = sorted({*forget, *info["forgotten"]})
     check_forget(forget, forgotten, names)
     fixed = args.method in FIXED_PART
     require(args.learn == "all" or not fixed, f"{args.method} says by itself what it changes; leave "
@@ -452,7 +451,7 @@ def main():
     evaluation = prepare_evaluation(info, images, y, targets=forgotten, forgotten=forgotten,
                                     args=args)
     torch.manual_seed(args.seed)
-    data = Data(images, y, names, forget, earlier, args)
+    data = Data(images, y, names, forget, forgotten, args)
     name = f"{args.method}-{pairs_slug(forget)}"
     if args.learn != "all":
         name += f"-{args.learn}"

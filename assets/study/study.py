@@ -188,7 +188,7 @@ def forget(dataset, target, arm, seed, weight):
                            alt_size=None, samples=240, sampler_steps=20)
     evaluation = fid.prepare_evaluation(info, images, y, pairs, pairs, args)
     torch.manual_seed(seed)
-    data = unlearn.Data(images, y, names, pairs, [], args)
+    data = unlearn.Data(images, y, names, pairs, pairs, args)
     model = copy.deepcopy(before).train()
     unlearn.choose_learning(model, settings["learn"])
     optimizer = torch.optim.Adam(learnable(model), args.lr, fused=True)
